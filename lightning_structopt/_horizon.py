@@ -1,0 +1,70 @@
+"""How long a training run will be, in epochs and in optimizer steps."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The planned length of a training run; ``math.inf`` where nothing bounds it.
+
+    Args:
+        epochs: Epochs until training stops; a fraction where ``max_steps`` ends it in the middle of one.
+        steps: Optimizer steps until training stops. Under manual optimization, where only the module knows
+            how often its optimizers step, these are ``max_steps`` if given and training batches if not.
+    """
+
+    epochs: float
+    steps: float
+
+
+def training_horizon(trainer: Any) -> Horizon:
+    """Work out the horizon of ``trainer``; call it in ``on_train_start`` or later.
+
+    ``Trainer.estimated_stepping_batches`` would do, but it loads the data when asked too early, after which
+    Lightning no longer restores the state of a stateful loader, and it is wrong under
+    ``GradientAccumulationScheduler``.
+
+    Args:
+        trainer: A ``lightning.pytorch.Trainer`` whose training data is set up.
+    """
+    max_epochs = math.inf if trainer.max_epochs in {None, -1} else trainer.max_epochs
+    max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    steps_before = _steps_before_epoch(trainer)
+    if steps_before(max_epochs) <= max_steps:
+        return Horizon(max_epochs, steps_before(max_epochs))
+    return Horizon(_epochs_for(max_steps, steps_before), max_steps)
+
+
+def _steps_before_epoch(trainer: Any) -> Any:
+    """Return the function from an epoch to the number of optimizer steps that come before it."""
+    batches = trainer.num_training_batches
+    automatic = trainer.lightning_module.automatic_optimization
+    schedulers = [c for c in trainer.callbacks if hasattr(c, "get_accumulate_grad_batches")]
+
+    def steps_in(epoch: int) -> float:
+        accumulate = trainer.accumulate_grad_batches if automatic else 1
+        if schedulers and automatic:
+            accumulate = schedulers[0].get_accumulate_grad_batches(epoch)
+        return batches if math.isinf(batches) else math.ceil(batches / accumulate)
+
+    def steps_before(epochs: float) -> float:
+        if not schedulers or math.isinf(epochs) or math.isinf(batches):
+            return epochs * steps_in(0) if epochs else 0
+        return sum(steps_in(epoch) for epoch in range(int(epochs)))
+
+    return steps_before
+
+
+def _epochs_for(steps: float, steps_before: Any) -> float:
+    """Return the (fractional) number of epochs that ``steps`` optimizer steps take."""
+    if math.isinf(steps_before(1)):
+        return math.inf
+    epoch = int(steps / steps_before(1)) if steps_before(1) else 0
+    while steps_before(epoch) > steps:
+        epoch -= 1
+    while steps_before(epoch + 1) <= steps:
+        epoch += 1
+    within = steps - steps_before(epoch)
+    return epoch + within / (steps_before(epoch + 1) - steps_before(epoch))

@@ -1,0 +1,1 @@
+"""Pruning: which weights matter least, which go together, how fast they go, and that they stay gone."""
