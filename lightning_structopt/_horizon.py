@@ -1,6 +1,7 @@
-"""How long a training run will be, in epochs and in optimizer steps."""
+"""How long a training run will be and how far it has come, in epochs and in optimizer steps."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ class Horizon:
     Args:
         epochs: Epochs until training stops; a fraction where ``max_steps`` ends it in the middle of one.
         steps: Optimizer steps until training stops. Under manual optimization, where only the module knows
-            how often its optimizers step, these are ``max_steps`` if given and training batches if not.
+            how often its optimizers step: ``max_steps`` if given, training batches if not.
     """
 
     epochs: float
@@ -30,6 +31,8 @@ def training_horizon(trainer: Any) -> Horizon:
         trainer: A ``lightning.pytorch.Trainer`` whose training data is set up.
     """
     max_epochs = math.inf if trainer.max_epochs in {None, -1} else trainer.max_epochs
+    if _counts_own_steps(trainer):
+        return Horizon(max_epochs, trainer.max_steps)
     max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
     steps_before = _steps_before_epoch(trainer)
     if steps_before(max_epochs) <= max_steps:
@@ -37,7 +40,23 @@ def training_horizon(trainer: Any) -> Horizon:
     return Horizon(_epochs_for(max_steps, steps_before), max_steps)
 
 
-def _steps_before_epoch(trainer: Any) -> Any:
+def steps_taken(trainer: Any) -> int:
+    """Return how far training has come, in the unit of :attr:`Horizon.steps`, at the start of a batch.
+
+    Args:
+        trainer: A ``lightning.pytorch.Trainer`` in ``on_train_batch_start``.
+    """
+    if trainer.lightning_module.automatic_optimization or _counts_own_steps(trainer):
+        return int(trainer.global_step)
+    return int(trainer.fit_loop.total_batch_idx)
+
+
+def _counts_own_steps(trainer: Any) -> bool:
+    """Tell whether a manually optimized module is stopped by ``max_steps``, which sums all its optimizers."""
+    return not trainer.lightning_module.automatic_optimization and trainer.max_steps != -1
+
+
+def _steps_before_epoch(trainer: Any) -> Callable[[float], float]:
     """Return the function from an epoch to the number of optimizer steps that come before it."""
     batches = trainer.num_training_batches
     automatic = trainer.lightning_module.automatic_optimization
@@ -57,13 +76,11 @@ def _steps_before_epoch(trainer: Any) -> Any:
     return steps_before
 
 
-def _epochs_for(steps: float, steps_before: Any) -> float:
+def _epochs_for(steps: float, steps_before: Callable[[float], float]) -> float:
     """Return the (fractional) number of epochs that ``steps`` optimizer steps take."""
     if math.isinf(steps_before(1)):
         return math.inf
-    epoch = int(steps / steps_before(1)) if steps_before(1) else 0
-    while steps_before(epoch) > steps:
-        epoch -= 1
+    epoch = 0
     while steps_before(epoch + 1) <= steps:
         epoch += 1
     within = steps - steps_before(epoch)

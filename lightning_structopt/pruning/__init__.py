@@ -1,1 +1,32 @@
 """Pruning: which weights matter least, which go together, how fast they go, and that they stay gone."""
+
+from lightning_structopt.pruning.callback import IterativePruning
+from lightning_structopt.pruning.criteria import Criterion, Magnitude, Scores
+from lightning_structopt.pruning.one_shot import prune
+from lightning_structopt.pruning.patterns import Pattern, Unstructured
+from lightning_structopt.pruning.ramps import (
+    CubicRamp,
+    GeometricRamp,
+    LinearRamp,
+    OneCycleRamp,
+    OneShotRamp,
+    Ramp,
+)
+from lightning_structopt.pruning.threshold import kth_smallest
+
+__all__ = [
+    "Criterion",
+    "CubicRamp",
+    "GeometricRamp",
+    "IterativePruning",
+    "LinearRamp",
+    "Magnitude",
+    "OneCycleRamp",
+    "OneShotRamp",
+    "Pattern",
+    "Ramp",
+    "Scores",
+    "Unstructured",
+    "kth_smallest",
+    "prune",
+]

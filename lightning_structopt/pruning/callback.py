@@ -1,0 +1,349 @@
+"""Iterative pruning as a Lightning callback."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from rich import print as rich_print
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+from typing_extensions import override
+
+from lightning_structopt._checks import require_choice, require_in, require_lightning, require_type
+from lightning_structopt._horizon import steps_taken, training_horizon
+from lightning_structopt.pruning.criteria import Criterion, Magnitude
+from lightning_structopt.pruning.guard import ZeroGuard
+from lightning_structopt.pruning.masks import MaskSet, unpack_bits
+from lightning_structopt.pruning.one_shot import advance
+from lightning_structopt.pruning.patterns import Pattern, Unstructured
+from lightning_structopt.pruning.ramps import CubicRamp, Ramp
+from lightning_structopt.pruning.report import sparsity_table
+from lightning_structopt.pruning.selection import Pick, as_picks, select_parameters
+from lightning_structopt.pruning.window import RampSteps, Window
+
+
+class IterativePruning(Callback):
+    r"""Zeroes the least important weights, a few at a time, while the model trains.
+
+    Sparsity is absolute: at the end of the window exactly ``round(sparsity * count)`` of the chosen weights
+    are zero, and what is zero stays zero, whatever the optimizer, precision, averaging or accumulation. Weights
+    are masked in place, so state-dict keys do not change and every checkpoint loads into your own class.
+
+    A step of the ramp is taken at the start of a training batch. Training that stops before the window closes
+    ends below the target, with a warning; so does a checkpoint that was the best before it closed: monitor
+    ``pruning/sparsity`` beside your metric, or keep the last checkpoint.
+
+    Args:
+        sparsity: Fraction of the chosen weights that are zero in the end, in [0, 1).
+        criterion: How important a weight is; by default :class:`~lightning_structopt.Magnitude`.
+        pattern: Which weights go together and how sparsity is shared among layers; by default
+            :class:`~lightning_structopt.Unstructured` over all layers at once.
+        ramp: How sparsity grows within the window; by default :class:`~lightning_structopt.CubicRamp`.
+        begin: Start of the window as a fraction of the whole training, in [0, 1].
+        end: End of the window, likewise. Leave some training after it, at a learning rate that can still
+            repair: a rate that decays to nothing by then costs more accuracy than the pruning.
+        interval: Whether the ramp takes its steps every ``every`` epochs or optimizer steps. Under manual
+            optimization a step is a training batch (with ``max_steps``: an optimizer step).
+        every: Epochs or optimizer steps between two steps of the ramp, at least 1.
+        include: Which parameters to prune: globs on their names or module types. By default all weights of
+            two or more dimensions of linear, convolutional, attention and recurrent layers. Globs with
+            wildcards narrow that choice; an exact name or a module type (``torch.nn.Embedding``) also adds.
+        exclude: Which of them to leave alone: globs or module types.
+        verbose: Whether to print a table of all layers in the end.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If an argument is out of range. At the start of ``fit``, before the first step: if a glob
+            matches nothing, the window holds no step, training has no end, an optimizer or strategy can't
+            keep zeros, two callbacks own one parameter, or a checkpoint's masks don't fit.
+
+    Example:
+        >>> callback = IterativePruning(sparsity=0.9, begin=0.1, end=0.75)
+        >>> trainer = pl.Trainer(max_epochs=20, callbacks=[callback])  # doctest: +SKIP
+
+    See Zhu and Gupta, "To prune, or not to prune" (2017), and Han et al., "Learning both Weights and
+    Connections for Efficient Neural Networks" (2015).
+    """
+
+    def __init__(
+        self,
+        sparsity: float = 0.9,
+        criterion: Criterion | None = None,
+        pattern: Pattern | None = None,
+        ramp: Ramp | None = None,
+        begin: float = 0.1,
+        end: float = 0.75,
+        interval: Literal["epoch", "step"] = "epoch",
+        every: int = 1,
+        include: Pick | Sequence[Pick] | None = None,
+        exclude: Pick | Sequence[Pick] | None = None,
+        verbose: bool = True,
+    ) -> None:
+        require_in("sparsity", sparsity, 0, 1, closed="left")
+        require_choice("interval", interval, ("epoch", "step"))
+        self._window = Window(begin, end, every)
+        self._target = sparsity
+        self.criterion = Magnitude() if criterion is None else criterion
+        self.pattern = Unstructured() if pattern is None else pattern
+        self.ramp = CubicRamp() if ramp is None else ramp
+        require_type("criterion", self.criterion, Criterion)
+        require_type("pattern", self.pattern, Pattern)
+        require_type("ramp", self.ramp, Ramp)
+        self.interval = interval
+        self.include = as_picks("include", include)
+        self.exclude = as_picks("exclude", exclude)
+        self.verbose = verbose
+
+        # Between fits the masks rest here, as plain data: no reference to a module outlives its training.
+        self._packed: dict[str, dict[str, Any]] = {}
+        self._from_checkpoint = False
+        self._masks: MaskSet | None = None
+        self._guard: ZeroGuard | None = None
+        self._steps = RampSteps(0, 0, 1, 0)
+        self._moment: int | None = None
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks by parameter name: bool, of the parameter's shape, True where a weight is kept."""
+        if self._masks is not None:
+            return self._masks.masks()
+        return {name: unpack_bits(entry) for name, entry in self._packed.items()}
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the chosen weights that are pruned now."""
+        if self._masks is not None:
+            return self._masks.sparsity
+        masks = self.masks.values()
+        return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks) if masks else 0.0
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # Two of these on one trainer own different parameters, so this tells them apart.
+        return self._generate_state_key(include=_shown(self.include), exclude=_shown(self.exclude))
+
+    @override
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        require_lightning("IterativePruning", trainer, pl_module)
+        self._from_checkpoint = False
+
+    @override
+    def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        _require_strategy_keeps_parameters(trainer)
+        _require_optimizers_keep_zeros(trainer.optimizers)
+        _require_end(trainer)
+        parameters = select_parameters(pl_module, self.include or None, self.exclude or None)
+        self._require_sole_owner(trainer, pl_module, parameters)
+        self._masks = MaskSet(parameters)
+
+    @override
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        # Not earlier: sharding strategies restore the checkpoint after `on_fit_start`.
+        masks = self._in_training()
+        self._steps = self._lay_window(trainer)
+        self._moment = None
+        if self._from_checkpoint or _still_pruned(self._packed, masks):
+            masks.unpack(self._packed)
+            self._mask_averages(trainer)
+        self._guard = ZeroGuard(masks, gradients_are_final=not _touch_gradients(trainer, pl_module))
+        self._guard.attach(trainer.optimizers)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
+    ) -> None:
+        moment = self._steps.reached(self._now(trainer))
+        if moment is not None and moment != self._moment:
+            self._moment = moment
+            self._prune(trainer, self.ramp(self._steps.progress(moment), self._target))
+            self._log(trainer, pl_module, on_step=True)
+        elif batch_idx == 0:
+            self._log(trainer, pl_module, on_step=True)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
+    ) -> None:
+        # After unscaling and accumulation, before clipping.
+        if self._guard is not None:
+            self._guard.mask_gradients(optimizer)
+
+    @override
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._log(trainer, pl_module, on_step=False)
+
+    @override
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if self._moment != self._steps.last:
+            rank_zero_warn(
+                f"Training ended before the pruning window closed: sparsity is {self.sparsity:.4f}, the target "
+                f"{self._target}. Train to the end of the window, or give a smaller `end`."
+            )
+        if self.verbose:
+            rank_zero_only(rich_print)(sparsity_table(self.masks))
+
+    @override
+    def on_exception(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException
+    ) -> None:
+        self._let_go()
+
+    @override
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        self._let_go()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"masks": self._packed if self._masks is None else self._masks.pack()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._packed = state_dict["masks"]
+        self._from_checkpoint = True
+
+    def __repr__(self) -> str:
+        return (
+            f"IterativePruning(sparsity={self._target!r}, criterion={self.criterion!r}, pattern={self.pattern!r}, "
+            f"ramp={self.ramp!r}, begin={self._window.begin!r}, end={self._window.end!r}, "
+            f"interval={self.interval!r}, every={self._window.every!r}, include={_shown(self.include)}, "
+            f"exclude={_shown(self.exclude)}, verbose={self.verbose!r})"
+        )
+
+    def _in_training(self) -> MaskSet:
+        assert self._masks is not None, "called outside of fit"
+        return self._masks
+
+    def _prune(self, trainer: "pl.Trainer", sparsity: float) -> None:
+        masks = self._in_training()
+        if not advance(masks, sparsity, self.criterion, self.pattern):
+            return
+        _require_same_on_all_ranks(trainer, masks)
+        for optimizer in trainer.optimizers:
+            masks.apply_to_state(optimizer)
+        self._mask_averages(trainer)
+
+    def _mask_averages(self, trainer: "pl.Trainer") -> None:
+        """Mask the models of EMA and SWA; once zero, an average of zeros stays zero."""
+        for callback in trainer.callbacks:
+            average = getattr(callback, "_average_model", None)
+            if isinstance(average, torch.nn.Module):
+                copy = average.module if isinstance(average, AveragedModel) else average
+                self._in_training().apply_to_copy(copy)
+
+    def _lay_window(self, trainer: "pl.Trainer") -> RampSteps:
+        if trainer.fast_dev_run:
+            return RampSteps(0, 0, 1, 0)  # one batch: go through everything in it
+        horizon = training_horizon(trainer)
+        total = horizon.epochs if self.interval == "epoch" else horizon.steps
+        if math.isinf(total):
+            other = "step" if self.interval == "epoch" else "epoch"
+            raise ValueError(
+                f"The window needs the length of training in {self.interval}s. Found a loader without a length. "
+                f'Give `interval="{other}"`, `max_steps`, or `limit_train_batches`.'
+            )
+        return self._window.steps(total, self.interval)
+
+    def _now(self, trainer: "pl.Trainer") -> int:
+        return trainer.current_epoch if self.interval == "epoch" else steps_taken(trainer)
+
+    def _log(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *, on_step: bool) -> None:
+        if trainer.barebones:
+            return
+        active = [c._in_training() for c in trainer.callbacks if isinstance(c, IterativePruning)]
+        sparsity = sum(masks.pruned for masks in active) / sum(masks.total for masks in active)
+        pl_module.log("pruning/sparsity", sparsity, on_step=on_step, on_epoch=not on_step, prog_bar=on_step)
+
+    def _require_sole_owner(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", mine: Mapping[str, Tensor]
+    ) -> None:
+        for other in trainer.callbacks:
+            if isinstance(other, IterativePruning) and other is not self:
+                theirs = select_parameters(pl_module, other.include or None, other.exclude or None)
+                if shared := [name for name in mine if name in theirs]:
+                    raise ValueError(
+                        "A parameter must belong to one `IterativePruning`. Found two that own "
+                        f"`{shared[0]}`. Divide the parameters between them with `include` and `exclude`."
+                    )
+
+    def _let_go(self) -> None:
+        """Keep the masks as plain data and forget the module and its optimizers."""
+        if self._guard is not None:
+            self._guard.detach()
+            self._guard = None
+        if self._masks is not None:
+            self._packed = self._masks.pack()
+            self._masks = None
+        for attached in ("log", "log_dict"):  # by Lightning: bound methods, which would keep the module alive
+            vars(self).pop(attached, None)
+
+
+def _shown(picks: Sequence[Pick]) -> str:
+    """Return code that evaluates to ``picks``, with module types by their full names."""
+    if not picks:
+        return "None"
+    names = (repr(p) if isinstance(p, str) else f"{p.__module__}.{p.__qualname__}" for p in picks)
+    return f"[{', '.join(names)}]"
+
+
+def _still_pruned(packed: Mapping[str, Any], masks: MaskSet) -> bool:
+    """Tell whether masks of an earlier fit still describe this module: it has their zeros."""
+    return bool(packed) and all(
+        name in masks.parameters
+        and list(masks.parameters[name].shape) == entry["shape"]
+        and not masks.parameters[name].detach()[~unpack_bits(entry).to(masks.parameters[name].device)].any()
+        for name, entry in packed.items()
+    )
+
+
+def _touch_gradients(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
+    """Tell whether someone's hook may change gradients after this callback masked them."""
+    others = [c for c in trainer.callbacks if not isinstance(c, IterativePruning)]
+    return is_overridden("configure_gradient_clipping", pl_module) or any(
+        is_overridden("on_before_optimizer_step", hooks) for hooks in (pl_module, *others)
+    )
+
+
+def _require_strategy_keeps_parameters(trainer: "pl.Trainer") -> None:
+    name = type(trainer.strategy).__name__
+    if name in {"DeepSpeedStrategy", "FSDPStrategy"}:
+        raise ValueError(
+            "`IterativePruning` masks the module's own parameters. Found "
+            f"`{name}`, which trains flattened copies of them. Use `ddp` or `ModelParallelStrategy` (FSDP2)."
+        )
+
+
+def _require_optimizers_keep_zeros(optimizers: Sequence[Optimizer]) -> None:
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError(
+                "The optimizer must take one step an update. Found `LBFGS`, which moves the weights many times "
+                "within a step, pruned ones too. Use SGD, Adam, AdamW or another first-order optimizer."
+            )
+
+
+def _require_end(trainer: "pl.Trainer") -> None:
+    if trainer.max_epochs in {None, -1} and trainer.max_steps == -1:
+        raise ValueError(
+            "`begin` and `end` are fractions of the whole training, which must have an end. Found "
+            f"`max_epochs = {trainer.max_epochs}` and no `max_steps`. Give one of them to the Trainer."
+        )
+
+
+def _require_same_on_all_ranks(trainer: "pl.Trainer", masks: MaskSet) -> None:
+    if trainer.world_size == 1:
+        return
+    digest = torch.tensor([masks.digest()], device=trainer.strategy.root_device)
+    digests = torch.as_tensor(trainer.strategy.all_gather(digest)).flatten().tolist()
+    if len(set(digests)) > 1:
+        raise RuntimeError(
+            f"Masks must be the same on every rank. Found {len(set(digests))} different ones on "
+            f"{len(digests)} ranks, so the weights differ. Check that the module is built from the same seed and "
+            "that nothing changes parameters outside of the optimizer."
+        )

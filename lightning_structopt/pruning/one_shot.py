@@ -1,0 +1,67 @@
+"""Pruning a module now, without a Trainer."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_structopt._checks import require_in, require_type
+from lightning_structopt.pruning.criteria import Criterion, Magnitude
+from lightning_structopt.pruning.masks import MaskSet
+from lightning_structopt.pruning.patterns import Pattern, Unstructured
+from lightning_structopt.pruning.selection import Pick, select_parameters
+
+
+def prune(
+    module: nn.Module,
+    sparsity: float,
+    *,
+    criterion: Criterion | None = None,
+    pattern: Pattern | None = None,
+    include: Pick | Sequence[Pick] | None = None,
+    exclude: Pick | Sequence[Pick] | None = None,
+) -> dict[str, Tensor]:
+    """Zero the least important weights of ``module`` in place.
+
+    Nothing holds them at zero afterwards: to train on, use :class:`~lightning_structopt.IterativePruning`, or
+    multiply the weights by the masks after each optimizer step.
+
+    Args:
+        module: The module to prune; its state-dict keys stay as they are.
+        sparsity: Fraction of the chosen weights to be zero, in [0, 1), hit exactly.
+        criterion: How important a weight is; :class:`~lightning_structopt.Magnitude` if not given.
+        pattern: Which weights go together; ``Unstructured()`` if not given.
+        include: Globs on parameter names or module types, as in
+            :class:`~lightning_structopt.IterativePruning`.
+        exclude: Likewise, what to leave out.
+
+    Returns:
+        The masks by parameter name: bool, of the parameter's shape, True where a weight is kept.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind, or a chosen parameter can't be pruned.
+        ValueError: If ``sparsity`` is out of range or nothing is chosen.
+
+    Example:
+        >>> module = nn.Linear(10, 10)
+        >>> masks = prune(module, 0.9)
+        >>> int((module.weight == 0).sum()), masks["weight"].shape
+        (90, torch.Size([10, 10]))
+    """
+    require_in("sparsity", sparsity, 0, 1, closed="left")
+    criterion = Magnitude() if criterion is None else criterion
+    pattern = Unstructured() if pattern is None else pattern
+    require_type("criterion", criterion, Criterion)
+    require_type("pattern", pattern, Pattern)
+    masks = MaskSet(select_parameters(module, include, exclude))
+    advance(masks, sparsity, criterion, pattern)
+    return masks.masks()
+
+
+@torch.no_grad()
+def advance(masks: MaskSet, sparsity: float, criterion: Criterion, pattern: Pattern) -> bool:
+    """Raise the sparsity of ``masks`` to ``sparsity`` and say whether anything changed."""
+    weights = {name: parameter.detach() for name, parameter in masks.parameters.items()}
+    before = masks.pruned
+    masks.update(pattern.choose(criterion.score(weights), masks.masks(), sparsity))
+    return masks.pruned != before
