@@ -28,7 +28,7 @@ def require_in(name: str, value: float, low: float, high: float, *, closed: str 
         raise ValueError(f"`{name}` must be in {left}{low}, {high}{right}. Found `{name} = {value}`.")
 
 
-def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise unless ``value`` is one of ``choices``.
 
     Args:

@@ -58,7 +58,7 @@ def _counts_own_steps(trainer: Any) -> bool:
 
 def _steps_before_epoch(trainer: Any) -> Callable[[float], float]:
     """Return the function from an epoch to the number of optimizer steps that come before it."""
-    batches = trainer.num_training_batches
+    batches: float = trainer.num_training_batches
     automatic = trainer.lightning_module.automatic_optimization
     schedulers = [c for c in trainer.callbacks if hasattr(c, "get_accumulate_grad_batches")]
 

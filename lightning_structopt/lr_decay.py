@@ -98,25 +98,25 @@ class LRDecay(Callback):
         # Not earlier: asking for the horizon loads the data, after which a stateful loader is not restored.
         self._length = self._horizon_of(trainer)
         for scheduler in self._in_charge(trainer):
-            _move(scheduler, self._position(trainer, scheduler))
-            if self.interval == "step" and not pl_module.automatic_optimization:
+            # Saved at the end of an epoch, it may be in the next one already when the trainer is not.
+            epochs = max(scheduler.last_epoch, trainer.current_epoch)
+            _move(scheduler, self._position(trainer, scheduler, epochs))
+            if not pl_module.automatic_optimization:
                 self._hooks.append(self._step_after(scheduler.optimizer, scheduler, trainer))
+
+    # Lightning steps the schedulers before each of the next two, which mostly find nothing to do. But it does
+    # not under manual optimization, nor after the last batch of a `dataloader_iter` without a length, and it
+    # does once too often after a skipped batch, or when it resumes at the end of an epoch under `max_steps`.
 
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self.interval == "epoch":
-            self._follow(trainer, trainer.current_epoch)
+        self._follow(trainer, epochs=trainer.current_epoch)
 
     @override
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Lightning has stepped the schedulers by now, but not under manual optimization, and once too often
-        # after a batch of None.
-        if self.interval == "epoch" and trainer.is_last_batch:
-            self._follow(trainer, trainer.current_epoch + 1)
-        elif self.interval == "step" and pl_module.automatic_optimization:
-            self._follow(trainer, trainer.global_step)
+        self._follow(trainer, epochs=trainer.current_epoch + trainer.is_last_batch)
 
     @override
     def on_exception(
@@ -148,18 +148,17 @@ class LRDecay(Callback):
         owners = [config.scheduler for config in trainer.lr_scheduler_configs]
         return [scheduler for scheduler in self._schedulers if scheduler in owners]
 
-    def _position(self, trainer: "pl.Trainer", scheduler: LambdaLR) -> int:
-        """Return the steps or epochs done when training starts, afresh or from a checkpoint."""
+    def _position(self, trainer: "pl.Trainer", scheduler: LambdaLR, epochs: int) -> int:
         if self.interval == "epoch":
-            # Saved at the end of an epoch, the scheduler may be in the next one when the trainer is not.
-            return max(scheduler.last_epoch, trainer.current_epoch)
+            return epochs
         if trainer.lightning_module.automatic_optimization:
             return trainer.global_step
-        return scheduler.last_epoch
+        return scheduler.last_epoch  # moved by its optimizer alone
 
-    def _follow(self, trainer: "pl.Trainer", t: int) -> None:
+    def _follow(self, trainer: "pl.Trainer", epochs: int) -> None:
         for scheduler in self._in_charge(trainer):
-            if scheduler.last_epoch != t:
+            t = self._position(trainer, scheduler, epochs)
+            if t != scheduler.last_epoch:
                 _move(scheduler, t)
 
     def _step_after(

@@ -1,11 +1,14 @@
 """What the tests share: tiny modules, tiny data and quiet trainers."""
 
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.multiprocessing
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
@@ -122,3 +125,29 @@ def assert_same_state(one: Any, other: Any, where: str = "state") -> None:
             assert_same_state(left, right, f"{where}[{index}]")
     else:
         assert one == other, f"{where}: {one} != {other}"
+
+
+def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = 2) -> None:
+    """Call ``function(rank, *arguments)`` in ``ranks`` new processes that Lightning takes for torchrun's.
+
+    One start of the processes (about 10 s) serves as many fits as ``function`` likes.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_as_rank, (function, arguments, ranks, port), nprocs=ranks)
+
+
+def _as_rank(rank: int, function: Callable[..., None], arguments: tuple, ranks: int, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    function(rank, *arguments)

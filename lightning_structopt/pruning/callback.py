@@ -5,20 +5,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from rich import print as rich_print
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_in, require_lightning, require_type
 from lightning_structopt._horizon import steps_taken, training_horizon
+from lightning_structopt._release import release
 from lightning_structopt.pruning.criteria import Criterion, Magnitude
 from lightning_structopt.pruning.guard import ZeroGuard
+from lightning_structopt.pruning.host import (
+    averaged_modules,
+    require_end,
+    require_optimizers_keep_zeros,
+    require_same_on_all_ranks,
+    require_strategy_keeps_parameters,
+)
 from lightning_structopt.pruning.masks import MaskSet, unpack_bits
 from lightning_structopt.pruning.one_shot import advance
 from lightning_structopt.pruning.patterns import Pattern, Unstructured
@@ -121,7 +127,8 @@ class IterativePruning(Callback):
         if self._masks is not None:
             return self._masks.sparsity
         masks = self.masks.values()
-        return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks) if masks else 0.0
+        total = sum(mask.numel() for mask in masks)
+        return 1 - sum(int(mask.sum()) for mask in masks) / total if total else 0.0
 
     @property
     @override
@@ -136,9 +143,9 @@ class IterativePruning(Callback):
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        _require_strategy_keeps_parameters(trainer)
-        _require_optimizers_keep_zeros(trainer.optimizers)
-        _require_end(trainer)
+        require_strategy_keeps_parameters(trainer)
+        require_optimizers_keep_zeros(trainer.optimizers)
+        require_end(trainer)
         parameters = select_parameters(pl_module, self.include or None, self.exclude or None)
         self._require_sole_owner(trainer, pl_module, parameters)
         self._masks = MaskSet(parameters)
@@ -181,13 +188,15 @@ class IterativePruning(Callback):
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self._moment != self._steps.last:
+        masks = self._in_training()
+        rounding = len(masks.parameters) / masks.total  # scope="layer" rounds in each layer
+        if self._moment != self._steps.last and self._target - masks.sparsity > rounding:
             rank_zero_warn(
-                f"Training ended before the pruning window closed: sparsity is {self.sparsity:.4f}, the target "
+                f"Training ended before the pruning window closed: sparsity is {masks.sparsity:.4f}, the target "
                 f"{self._target}. Train to the end of the window, or give a smaller `end`."
             )
         if self.verbose:
-            rank_zero_only(rich_print)(sparsity_table(self.masks))
+            rank_zero_only(rich_print)(sparsity_table(masks.masks()))
 
     @override
     def on_exception(
@@ -208,6 +217,7 @@ class IterativePruning(Callback):
         self._packed = state_dict["masks"]
         self._from_checkpoint = True
 
+    @override
     def __repr__(self) -> str:
         return (
             f"IterativePruning(sparsity={self._target!r}, criterion={self.criterion!r}, pattern={self.pattern!r}, "
@@ -224,20 +234,17 @@ class IterativePruning(Callback):
         masks = self._in_training()
         if not advance(masks, sparsity, self.criterion, self.pattern):
             return
-        _require_same_on_all_ranks(trainer, masks)
+        require_same_on_all_ranks(trainer, masks)
         for optimizer in trainer.optimizers:
             masks.apply_to_state(optimizer)
         self._mask_averages(trainer)
 
-    def _mask_averages(self, trainer: "pl.Trainer") -> None:
+    def _mask_averages(self, trainer: Any) -> None:
         """Mask the models of EMA and SWA; once zero, an average of zeros stays zero."""
-        for callback in trainer.callbacks:
-            average = getattr(callback, "_average_model", None)
-            if isinstance(average, torch.nn.Module):
-                copy = average.module if isinstance(average, AveragedModel) else average
-                self._in_training().apply_to_copy(copy)
+        for average in averaged_modules(trainer):
+            self._in_training().apply_to_copy(average)
 
-    def _lay_window(self, trainer: "pl.Trainer") -> RampSteps:
+    def _lay_window(self, trainer: Any) -> RampSteps:
         if trainer.fast_dev_run:
             return RampSteps(0, 0, 1, 0)  # one batch: go through everything in it
         horizon = training_horizon(trainer)
@@ -253,7 +260,7 @@ class IterativePruning(Callback):
     def _now(self, trainer: "pl.Trainer") -> int:
         return trainer.current_epoch if self.interval == "epoch" else steps_taken(trainer)
 
-    def _log(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", *, on_step: bool) -> None:
+    def _log(self, trainer: Any, pl_module: "pl.LightningModule", *, on_step: bool) -> None:
         if trainer.barebones:
             return
         active = [c._in_training() for c in trainer.callbacks if isinstance(c, IterativePruning)]
@@ -261,7 +268,7 @@ class IterativePruning(Callback):
         pl_module.log("pruning/sparsity", sparsity, on_step=on_step, on_epoch=not on_step, prog_bar=on_step)
 
     def _require_sole_owner(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", mine: Mapping[str, Tensor]
+        self, trainer: Any, pl_module: "pl.LightningModule", mine: Mapping[str, Tensor]
     ) -> None:
         for other in trainer.callbacks:
             if isinstance(other, IterativePruning) and other is not self:
@@ -280,8 +287,7 @@ class IterativePruning(Callback):
         if self._masks is not None:
             self._packed = self._masks.pack()
             self._masks = None
-        for attached in ("log", "log_dict"):  # by Lightning: bound methods, which would keep the module alive
-            vars(self).pop(attached, None)
+        release(self)
 
 
 def _shown(picks: Sequence[Pick]) -> str:
@@ -302,48 +308,9 @@ def _still_pruned(packed: Mapping[str, Any], masks: MaskSet) -> bool:
     )
 
 
-def _touch_gradients(trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> bool:
+def _touch_gradients(trainer: Any, pl_module: "pl.LightningModule") -> bool:
     """Tell whether someone's hook may change gradients after this callback masked them."""
     others = [c for c in trainer.callbacks if not isinstance(c, IterativePruning)]
     return is_overridden("configure_gradient_clipping", pl_module) or any(
         is_overridden("on_before_optimizer_step", hooks) for hooks in (pl_module, *others)
     )
-
-
-def _require_strategy_keeps_parameters(trainer: "pl.Trainer") -> None:
-    name = type(trainer.strategy).__name__
-    if name in {"DeepSpeedStrategy", "FSDPStrategy"}:
-        raise ValueError(
-            "`IterativePruning` masks the module's own parameters. Found "
-            f"`{name}`, which trains flattened copies of them. Use `ddp` or `ModelParallelStrategy` (FSDP2)."
-        )
-
-
-def _require_optimizers_keep_zeros(optimizers: Sequence[Optimizer]) -> None:
-    for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError(
-                "The optimizer must take one step an update. Found `LBFGS`, which moves the weights many times "
-                "within a step, pruned ones too. Use SGD, Adam, AdamW or another first-order optimizer."
-            )
-
-
-def _require_end(trainer: "pl.Trainer") -> None:
-    if trainer.max_epochs in {None, -1} and trainer.max_steps == -1:
-        raise ValueError(
-            "`begin` and `end` are fractions of the whole training, which must have an end. Found "
-            f"`max_epochs = {trainer.max_epochs}` and no `max_steps`. Give one of them to the Trainer."
-        )
-
-
-def _require_same_on_all_ranks(trainer: "pl.Trainer", masks: MaskSet) -> None:
-    if trainer.world_size == 1:
-        return
-    digest = torch.tensor([masks.digest()], device=trainer.strategy.root_device)
-    digests = torch.as_tensor(trainer.strategy.all_gather(digest)).flatten().tolist()
-    if len(set(digests)) > 1:
-        raise RuntimeError(
-            f"Masks must be the same on every rank. Found {len(set(digests))} different ones on "
-            f"{len(digests)} ranks, so the weights differ. Check that the module is built from the same seed and "
-            "that nothing changes parameters outside of the optimizer."
-        )

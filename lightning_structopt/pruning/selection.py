@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-Pick = str | type[nn.Module]
+Pick = type[nn.Module] | str  # the type first, as a YAML file can name one only by a string
 
 _WEIGHT_OWNERS = (
     nn.Linear,
@@ -60,7 +60,7 @@ def as_picks(name: str, picks: Pick | Sequence[Pick] | None) -> tuple[Pick, ...]
     Raises:
         TypeError: If something else was given.
     """
-    several = () if picks is None else (picks,) if isinstance(picks, (str, type)) else tuple(picks)
+    several = () if picks is None else tuple(picks) if isinstance(picks, (list, tuple)) else (picks,)
     for pick in several:
         if not isinstance(pick, str) and not (isinstance(pick, type) and issubclass(pick, nn.Module)):
             raise TypeError(f"`{name}` takes globs on parameter names and module types. Found {pick!r}.")
@@ -173,7 +173,9 @@ def _any_match(owner: _Owner, picks: tuple[Pick, ...]) -> bool:
 
 def _computed_weights(module: nn.Module) -> list[_Owner]:
     """Find weights that are recomputed before each forward, as under weight norm: they would lose zeros."""
-    owners = (_Owner(f"{prefix}.weight" if prefix else "weight", child) for prefix, child in module.named_modules())
+    owners = (
+        _Owner(f"{prefix}.weight" if prefix else "weight", child) for prefix, child in module.named_modules()
+    )
     return [owner for owner in owners if owner.is_weight and "weight" not in owner.module._parameters]
 
 

@@ -65,7 +65,9 @@ def fit(
 
 
 def quiet(sparsity: float = 0.8, **kwargs: Any) -> IterativePruning:
-    return IterativePruning(sparsity, **{"begin": 0.2, "end": 0.8, "interval": "step", "verbose": False, **kwargs})
+    return IterativePruning(
+        sparsity, **{"begin": 0.2, "end": 0.8, "interval": "step", "verbose": False, **kwargs}
+    )
 
 
 WEIGHTS = 12 * 16 + 16 * 4
@@ -167,7 +169,10 @@ def test_every_ramp_ends_exactly(tmp_path: Path, ramp: Ramp, interval: Any) -> N
 
 def test_the_ramp_is_followed_epoch_by_epoch(tmp_path: Path) -> None:
     watch = fit(
-        tmp_path, Classifier(), quiet(0.8, ramp=LinearRamp(), interval="epoch", begin=0.2, end=0.6), max_epochs=10
+        tmp_path,
+        Classifier(),
+        quiet(0.8, ramp=LinearRamp(), interval="epoch", begin=0.2, end=0.6),
+        max_epochs=10,
     )
     of_epoch = watch.sparsities[::4]
     expected = [0, 0, 0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8, 0.8]
@@ -295,7 +300,9 @@ def test_training_that_stops_early_says_so(tmp_path: Path) -> None:
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             trainer.should_stop = True
 
-    with pytest.warns(UserWarning, match=r"Training ended before the pruning window closed: sparsity is 0\.\d+, the"):
+    with pytest.warns(
+        UserWarning, match=r"Training ended before the pruning window closed: sparsity is 0\.\d+, the"
+    ):
         fit(tmp_path, Classifier(), quiet(), Stop())
 
 
@@ -348,8 +355,13 @@ def test_validate_test_and_predict_without_fit(tmp_path: Path) -> None:
 def test_barebones(tmp_path: Path) -> None:
     module, pruning = Classifier(), quiet()
     module.log = lambda *args, **kwargs: pytest.fail("logged, though there is nothing to log to")
-    module.training_step = lambda batch, batch_idx: module(batch[0]).square().sum()
+    module.training_step = lambda batch, batch_idx: module(batch[0]).square().mean()
     pl.Trainer(
-        accelerator="cpu", devices=1, barebones=True, max_epochs=4, callbacks=[pruning], default_root_dir=tmp_path
+        accelerator="cpu",
+        devices=1,
+        barebones=True,
+        max_epochs=4,
+        callbacks=[pruning],
+        default_root_dir=tmp_path,
     ).fit(module, loader())
     assert zeros(module) == round(0.8 * WEIGHTS)

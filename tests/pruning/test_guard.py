@@ -8,7 +8,10 @@ from lightning_structopt.pruning.guard import _LEAVES_ZEROS_ALONE, ZeroGuard
 from lightning_structopt.pruning.masks import MaskSet
 
 HARD_SETTINGS = {
-    "SGD": [{"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}, {"lr": 0.1, "maximize": True}],
+    "SGD": [
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
+        {"lr": 0.1, "maximize": True},
+    ],
     "Adam": [{"weight_decay": 0.1, "amsgrad": True}, {"eps": 1e-12}],
     "AdamW": [{"weight_decay": 0.1, "amsgrad": True}],
     "NAdam": [{"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}],

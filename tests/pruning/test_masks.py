@@ -59,11 +59,16 @@ def test_masks_that_do_not_fit_name_both_sides() -> None:
     _, masks = make()
     masks.update(half(masks.parameters))
     packed = masks.pack()
-    with pytest.raises(ValueError, match=r"`1.weight` with shape \(7, 3\) in the checkpoint and shape \(2, 2\)"):
-        MaskSet({"0.weight": masks.parameters["0.weight"], "1.weight": nn.Parameter(torch.ones(2, 2))}).unpack(
-            packed
-        )
-    with pytest.raises(ValueError, match=r"`1.weight` with shape \(7, 3\) in the checkpoint and no mask in the"):
+    with pytest.raises(
+        ValueError, match=r"`1.weight` with shape \(7, 3\) in the checkpoint and shape \(2, 2\)"
+    ):
+        MaskSet({
+            "0.weight": masks.parameters["0.weight"],
+            "1.weight": nn.Parameter(torch.ones(2, 2)),
+        }).unpack(packed)
+    with pytest.raises(
+        ValueError, match=r"`1.weight` with shape \(7, 3\) in the checkpoint and no mask in the"
+    ):
         MaskSet({"0.weight": masks.parameters["0.weight"]}).unpack(packed)
     with pytest.raises(ValueError, match=r"`new` with no mask in the checkpoint and shape \(2, 2\) in the"):
         MaskSet({**masks.parameters, "new": nn.Parameter(torch.ones(2, 2))}).unpack(packed)

@@ -60,7 +60,9 @@ def test_layer_is_exact_in_each_layer(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_pruned_stays_pruned_and_counts(kind: str) -> None:
     tensors = weights(kind)
-    keep = {n: torch.rand(t.shape, generator=torch.Generator().manual_seed(1)) > 0.4 for n, t in tensors.items()}
+    keep = {
+        n: torch.rand(t.shape, generator=torch.Generator().manual_seed(1)) > 0.4 for n, t in tensors.items()
+    }
     tensors = {name: tensor * keep[name] for name, tensor in tensors.items()}
     masks = drop_lowest(Magnitude().score(tensors), keep, 50)
     assert flat(masks).tolist() == by_sorting(flat(tensors).abs().tolist(), flat(keep).tolist(), 50)
@@ -76,7 +78,9 @@ def test_negative_scores_rank_below_zero_but_never_below_what_is_pruned() -> Non
 
 def test_enough_is_enough() -> None:
     keep = {"a": torch.tensor([[True, False, False]])}
-    assert drop_lowest(Magnitude().score({"a": torch.ones(1, 3)}), keep, 1)["a"].tolist() == [[True, False, False]]
+    assert drop_lowest(Magnitude().score({"a": torch.ones(1, 3)}), keep, 1)["a"].tolist() == [
+        [True, False, False]
+    ]
 
 
 def test_channels_last_weights_follow_logical_order() -> None:

@@ -42,7 +42,9 @@ def test_cubic_is_the_formula_of_zhu_and_gupta() -> None:
 
 def test_geometric_removes_the_same_share_of_what_is_left() -> None:
     left = [1 - GeometricRamp()(step / 10, 1 - 0.8**10) for step in range(11)]
-    assert [after / before for before, after in zip(left, left[1:], strict=False)] == pytest.approx([0.8] * 10)
+    assert [after / before for before, after in zip(left, left[1:], strict=False)] == pytest.approx(
+        [0.8] * 10
+    )
 
 
 def test_one_cycle_rises_fastest_at_offset_over_steepness() -> None:

@@ -82,7 +82,9 @@ def test_compiled_submodules_match_by_their_plain_names() -> None:
 @pytest.mark.parametrize("argument", ["include", "exclude"])
 def test_a_pick_that_matches_nothing_names_what_exists(argument: str) -> None:
     module = nn.ModuleDict({"encoder": nn.Linear(3, 3), "head": nn.Linear(3, 3)})
-    expected = rf"No parameter matches `{argument} = 'backbone.\*'`. Parameters start with: 'encoder', 'head'."
+    expected = (
+        rf"No parameter matches `{argument} = 'backbone.\*'`. Parameters start with: 'encoder', 'head'."
+    )
     with pytest.raises(ValueError, match=expected):
         select_parameters(module, **{argument: "backbone.*"})
     with pytest.raises(ValueError, match=f"No parameter matches `{argument} = Conv2d`"):

@@ -1,0 +1,107 @@
+"""What the benchmarks share: quiet trainers, data held in memory, where and with what it ran, results."""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+import lightning_structopt
+
+RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # for `from data import load`
+
+
+class Batches:
+    """A loader over tensors in memory; with ``seed``, each epoch has an order of its own.
+
+    Indexing whole batches is many times faster than collating samples.
+    """
+
+    def __init__(self, inputs: Tensor, labels: Tensor, batch_size: int, seed: int | None = None) -> None:
+        self.inputs, self.labels, self.batch_size = inputs, labels, batch_size
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return -(-len(self.inputs) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.generator is None:
+            yield from zip(self.inputs.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
+            return
+        for chosen in torch.randperm(len(self.inputs), generator=self.generator).split(self.batch_size):
+            yield self.inputs[chosen], self.labels[chosen]
+
+
+def quiet_trainer(**kwargs: Any) -> pl.Trainer:
+    """Return a Trainer on the CPU that neither logs nor saves nor shows anything."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for advice in ("does not have many workers", "The number of training batches", "GPU available"):
+        warnings.filterwarnings("ignore", message=f".*{advice}.*")
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **kwargs,
+    )
+
+
+def parse_arguments(name: str, description: str | None) -> argparse.Namespace:
+    """Parse ``--fast`` and ``--output``; a fast run writes only where it is told to."""
+    parser = argparse.ArgumentParser(prog=f"python benchmarks/{name}.py", description=description)
+    parser.add_argument("--fast", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--output", type=Path, help=f"JSON file; by default benchmarks/results/{name}.json")
+    arguments = parser.parse_args()
+    if arguments.output is None and not arguments.fast:
+        arguments.output = RESULTS / f"{name}.json"
+    return arguments
+
+
+def environment() -> dict[str, Any]:
+    """Return what the figures depend on: versions, machine, threads, load and date."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "lightning_structopt": lightning_structopt.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _cpu_model() -> str:
+    """Return the CPU's name, and its family and model numbers where a virtual machine hides the name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    numbers = f"family {fields.get('cpu family')}, model {fields.get('model')}"
+    return f"{fields.get('model name', platform.processor())} ({numbers})"
+
+
+def write_json(path: Path | None, name: str, rows: list[dict[str, Any]]) -> None:
+    """Write ``rows`` with their environment to ``path``, if there is one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = {"benchmark": name, "environment": environment(), "rows": rows}
+        path.write_text(json.dumps(result, indent=2) + "\n")
+        print(f"Written to {path}")

@@ -1,0 +1,80 @@
+"""What pruning needs of the trainer it runs in."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_structopt.pruning.masks import MaskSet
+
+
+def averaged_modules(trainer: Any) -> list[nn.Module]:
+    """Return the copies of the module that EMA and SWA callbacks of ``trainer`` keep."""
+    # Lightning keeps it under this name in WeightAveraging and StochasticWeightAveraging (a test pins it).
+    averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]
+    return [
+        average.module if isinstance(average, AveragedModel) else average
+        for average in averages
+        if isinstance(average, nn.Module)
+    ]
+
+
+def require_strategy_keeps_parameters(trainer: Any) -> None:
+    """Raise if the strategy of ``trainer`` trains something other than the module's own parameters.
+
+    Raises:
+        ValueError: Under DeepSpeed and FSDP1.
+    """
+    name = type(trainer.strategy).__name__
+    if name in {"DeepSpeedStrategy", "FSDPStrategy"}:
+        raise ValueError(
+            "`IterativePruning` masks the module's own parameters. Found "
+            f"`{name}`, which trains flattened copies of them. Use `ddp` or `ModelParallelStrategy` (FSDP2)."
+        )
+
+
+def require_optimizers_keep_zeros(optimizers: Sequence[Optimizer]) -> None:
+    """Raise if one of ``optimizers`` would revive pruned weights within its step.
+
+    Raises:
+        ValueError: For LBFGS.
+    """
+    if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        raise ValueError(
+            "The optimizer must take one step an update. Found `LBFGS`, which moves the weights many times "
+            "within a step, pruned ones too. Use SGD, Adam, AdamW or another first-order optimizer."
+        )
+
+
+def require_end(trainer: Any) -> None:
+    """Raise if nothing bounds the training of ``trainer``.
+
+    Raises:
+        ValueError: If there is neither ``max_epochs`` nor ``max_steps``.
+    """
+    if trainer.max_epochs in {None, -1} and trainer.max_steps == -1:
+        raise ValueError(
+            "`begin` and `end` are fractions of the whole training, which must have an end. Found "
+            f"`max_epochs = {trainer.max_epochs}` and no `max_steps`. Give one of them to the Trainer."
+        )
+
+
+def require_same_on_all_ranks(trainer: Any, masks: MaskSet) -> None:
+    """Raise, on every rank, if ranks decided on different masks.
+
+    Raises:
+        RuntimeError: If they did.
+    """
+    if trainer.world_size == 1:
+        return
+    digest = torch.tensor([masks.digest()], device=trainer.strategy.root_device)
+    digests = torch.as_tensor(trainer.strategy.all_gather(digest)).flatten().tolist()
+    if len(set(digests)) > 1:
+        raise RuntimeError(
+            f"Masks must be the same on every rank. Found {len(set(digests))} different ones on "
+            f"{len(digests)} ranks, so the weights differ. Check that the module is built from the same seed and "
+            "that nothing changes parameters outside of the optimizer."
+        )

@@ -1,0 +1,51 @@
+"""What every value object promises: schedules, ramps, criteria, patterns."""
+
+import copy
+import dataclasses
+import inspect
+import pickle
+
+import pytest
+
+import lightning_structopt as so
+
+VALUES = [
+    so.Constant(),
+    so.Linear(end=0.1),
+    so.Polynomial(power=2.0),
+    so.Exponential(gamma=0.9),
+    so.Step(step_size=3, gamma=0.5),
+    so.MultiStep(milestones=(2, 5)),
+    so.Cosine(minimum=0.1),
+    so.Warmup(2, then=so.Linear()),
+    so.OneShotRamp(),
+    so.LinearRamp(),
+    so.CubicRamp(),
+    so.GeometricRamp(),
+    so.OneCycleRamp(steepness=12.0),
+    so.Magnitude(p=2),
+    so.Unstructured(scope="layer"),
+]
+every_value = pytest.mark.parametrize("value", VALUES, ids=repr)
+
+
+def test_every_exported_dataclass_is_registered() -> None:
+    exported = {name for name in so.__all__ if inspect.isclass(c := getattr(so, name)) and dataclasses.is_dataclass(c)}
+    assert exported == {type(value).__name__ for value in VALUES}
+
+
+@every_value
+def test_is_an_immutable_value(value: object) -> None:
+    twin = eval(repr(value), vars(so))
+    for other in (twin, copy.deepcopy(value), pickle.loads(pickle.dumps(value))):
+        assert other == value
+        assert hash(other) == hash(value)
+    for field in dataclasses.fields(value):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, field.name, None)
+
+
+@every_value
+def test_says_what_it_is(value: object) -> None:
+    assert inspect.getdoc(type(value))
+    assert type(value).__doc__ != inspect.getdoc(type(value).__mro__[1])

@@ -1,0 +1,59 @@
+"""The house: who may import Lightning, and which floor stands on which."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lightning_structopt"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FLOORS = [
+    {"_checks", "_horizon", "_release", "profiling"},
+    {"schedules", "pruning", "sweep"},
+    {"regularization", "shrinking", "distillation", "lr_decay"},
+    {"growth", "cli"},
+]
+ALONE = {"blocks", "ensembles"}  # besides the checks, they stand on nothing of ours
+MAY_IMPORT_LIGHTNING = {"callback.py", "module.py", "lr_decay.py", "cli.py"}
+
+
+def imports(file: Path) -> set[str]:
+    """Return the dotted names of the modules that ``file`` imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name} imports relatively"
+            names.add(node.module or "")
+    return names
+
+
+def room(name: str) -> str:
+    return name.split(".")[1] if name.count(".") else "__init__"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_only_adapters_import_lightning(file: Path) -> None:
+    used = {name for name in imports(file) if name.split(".")[0] in {"lightning", "pytorch_lightning"}}
+    if file.name not in MAY_IMPORT_LIGHTNING and file.relative_to(PACKAGE).parts[0] != "sweep":
+        assert not used
+    assert not any(name.startswith("pytorch_lightning") for name in used)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_each_floor_stands_on_those_below(file: Path) -> None:
+    here = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    ours = {room(name) for name in imports(file) if name.startswith("lightning_structopt")} - {here}
+    if here == "__init__":
+        return
+    if here in ALONE:
+        assert ours <= {"_checks"}
+        return
+    floor = next(index for index, rooms in enumerate(FLOORS) if here in rooms)
+    assert ours <= set().union(*FLOORS[: max(floor, 0)]) or (floor == 0 and ours <= {"_checks"})
+
+
+def test_no_file_is_too_long_to_read_in_one_sitting() -> None:
+    long = {file.name: lines for file in FILES if (lines := len(file.read_text().splitlines())) > 350}
+    assert not long
