@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_lightning, require_type, require_whole
 from lightning_structopt._horizon import training_horizon
+from lightning_structopt._release import release
 from lightning_structopt.schedules import Schedule
 
 
@@ -101,7 +102,7 @@ class LRDecay(Callback):
             # Saved at the end of an epoch, it may be in the next one already when the trainer is not.
             epochs = max(scheduler.last_epoch, trainer.current_epoch)
             _move(scheduler, self._position(trainer, scheduler, epochs))
-            if not pl_module.automatic_optimization:
+            if self.interval == "step" and not pl_module.automatic_optimization:
                 self._hooks.append(self._step_after(scheduler.optimizer, scheduler, trainer))
 
     # Lightning steps the schedulers before each of the next two, which mostly find nothing to do. But it does
@@ -210,6 +211,7 @@ class LRDecay(Callback):
         if self._schedulers:
             self._steps_taken = [scheduler.last_epoch for scheduler in self._schedulers]
         self._hooks, self._schedulers = [], []
+        release(self)
 
 
 def _move(scheduler: LambdaLR, t: int) -> None:

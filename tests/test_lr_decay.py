@@ -83,6 +83,7 @@ class Manual(Two):
         super().__init__()
         self.automatic_optimization = False
         self.raw = raw
+        self.stepped: list[list[float]] = [[], []]  # the rates that each optimizer stepped with
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         first, second = self.optimizers(use_pl_optimizer=not self.raw)
@@ -95,7 +96,10 @@ class Manual(Two):
             second.step()
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD([group]) for group in self.groups()]
+        optimizers = [torch.optim.SGD([group]) for group in self.groups()]
+        for optimizer, stepped in zip(optimizers, self.stepped, strict=True):
+            optimizer.register_step_pre_hook(lambda o, *_, s=stepped: s.append(o.param_groups[0]["lr"]))
+        return optimizers
 
 
 class WithScheduler(Two):
@@ -279,17 +283,17 @@ def test_tensor_rates_stay_the_same_tensor(tmp_path):
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_manual_optimizers_count_their_own_steps(tmp_path, raw):
-    schedule = Linear()
-    rates = fit(tmp_path, Manual(raw=raw), LRDecay(schedule, horizon=12))
-    first = [0.1 * schedule(t, 12) for t in range(12)]
-    second = [0.02 * schedule(t, 12) for t in (0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10)]
-    assert rates == [list(pair) for pair in zip(first, second, strict=True)]
+    module = Manual(raw=raw)
+    fit(tmp_path, module, LRDecay(Linear(), horizon=12))
+    assert module.stepped == [[base * Linear()(t, 12) for t in range(12)] for base in BASES]
+    assert [rate for _, rate in module.rates][:4] == [0.02 * Linear()(t, 12) for t in (0, 0, 2, 2)]
 
 
 @pytest.mark.parametrize("raw", [False, True])
 def test_manual_optimizers_share_the_epochs(tmp_path, raw):
-    rates = fit(tmp_path, Manual(raw=raw), LRDecay(Linear(), "epoch"))
-    assert rates == expected(Linear(), [b // BATCHES for b in range(12)], 3)
+    module = Manual(raw=raw)
+    fit(tmp_path, module, LRDecay(Linear(), "epoch"))
+    assert module.stepped == [[base * Linear()(t // BATCHES, 3) for t in range(12)] for base in BASES]
 
 
 def test_hooks_do_not_outlive_the_fit(tmp_path):
@@ -311,6 +315,7 @@ def test_hooks_do_not_outlive_the_fit(tmp_path):
         assert before < 0.1
         optimizer.step()
         assert optimizer.param_groups[0]["lr"] == before
+        assert not optimizer._optimizer_step_post_hooks
 
 
 # ---- resume equals straight
@@ -470,15 +475,7 @@ def test_a_stateful_loader_is_restored(tmp_path):
 # ---- one callback, several fits
 
 
-@pytest.mark.parametrize("interval", ["step", "epoch"])
-def test_fit_twice_with_new_trainers(tmp_path, interval):
-    decay = LRDecay(Linear(), interval)
-    assert fit(tmp_path, Two(), decay) == fit(tmp_path, Two(), decay)
-    rates = fit(tmp_path, Two(), decay, max_epochs=2)
-    assert rates == fit(tmp_path, Two(), LRDecay(Linear(), interval), max_epochs=2)
-
-
-@pytest.mark.parametrize(
+every_kind = pytest.mark.parametrize(
     ("module", "decay"),
     [
         (Two, LRDecay(Linear())),
@@ -486,8 +483,19 @@ def test_fit_twice_with_new_trainers(tmp_path, interval):
         (Manual, LRDecay(Linear(), horizon=16)),
         (Manual, LRDecay(Linear(), "epoch")),
     ],
-    ids=repr,
+    ids=["steps", "epochs", "manual steps", "manual epochs"],
 )
+
+
+@every_kind
+def test_fit_twice_with_new_trainers(tmp_path, module, decay):
+    decay = copy.copy(decay)
+    assert fit(tmp_path, module(), decay) == fit(tmp_path, module(), decay)
+    rates = fit(tmp_path, module(), decay, max_epochs=2)
+    assert rates == fit(tmp_path, module(), copy.copy(decay), max_epochs=2)
+
+
+@every_kind
 def test_fit_again_with_the_same_trainer_goes_on(tmp_path, module, decay):
     straight = fit(tmp_path, module(), copy.deepcopy(decay), max_epochs=4)
     model, runner = module(), trainer(tmp_path, decay, max_epochs=2)
@@ -560,6 +568,15 @@ def test_weight_averaging_takes_over_as_from_a_scheduler_of_the_users_own(tmp_pa
         resumed = fit(tmp_path, Two(), *ours(), ckpt=path, **settings)
         theirs = WithScheduler(schedule, 1, interval)
         assert resumed == fit(tmp_path, theirs, averaging(), ckpt=path_theirs, **settings)
+
+
+def test_decays_again_after_a_fit_that_weight_averaging_took_over(tmp_path):
+    decay, save = LRDecay(Linear(), "epoch"), SaveEverywhere(tmp_path)
+    averaging = StochasticWeightAveraging(swa_lrs=0.003, swa_epoch_start=2)
+    fit(tmp_path, Two(), decay, averaging, save)
+    averaging = StochasticWeightAveraging(swa_lrs=0.003, swa_epoch_start=2)
+    fit(tmp_path, Two(), decay, averaging, ckpt=save.paths[-1], max_epochs=4)
+    assert fit(tmp_path, Two(), decay) == expected(Linear(), [b // BATCHES for b in range(12)], 3)
 
 
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch")

@@ -118,7 +118,7 @@ class IterativePruning(Callback):
     def masks(self) -> dict[str, Tensor]:
         """The masks by parameter name: bool, of the parameter's shape, True where a weight is kept."""
         if self._masks is not None:
-            return self._masks.masks()
+            return dict(self._masks.whole())
         return {name: unpack_bits(entry) for name, entry in self._packed.items()}
 
     @property
@@ -156,7 +156,7 @@ class IterativePruning(Callback):
         masks = self._in_training()
         self._steps = self._lay_window(trainer)
         self._moment = None
-        if self._from_checkpoint or _still_pruned(self._packed, masks):
+        if self._from_checkpoint or masks.fits(self._packed):
             masks.unpack(self._packed)
             self._mask_averages(trainer)
         self._guard = ZeroGuard(masks, gradients_are_final=not _touch_gradients(trainer, pl_module))
@@ -196,7 +196,7 @@ class IterativePruning(Callback):
                 f"{self._target}. Train to the end of the window, or give a smaller `end`."
             )
         if self.verbose:
-            rank_zero_only(rich_print)(sparsity_table(masks.masks()))
+            rank_zero_only(rich_print)(sparsity_table(self.masks))
 
     @override
     def on_exception(
@@ -296,16 +296,6 @@ def _shown(picks: Sequence[Pick]) -> str:
         return "None"
     names = (repr(p) if isinstance(p, str) else f"{p.__module__}.{p.__qualname__}" for p in picks)
     return f"[{', '.join(names)}]"
-
-
-def _still_pruned(packed: Mapping[str, Any], masks: MaskSet) -> bool:
-    """Tell whether masks of an earlier fit still describe this module: it has their zeros."""
-    return bool(packed) and all(
-        name in masks.parameters
-        and list(masks.parameters[name].shape) == entry["shape"]
-        and not masks.parameters[name].detach()[~unpack_bits(entry).to(masks.parameters[name].device)].any()
-        for name, entry in packed.items()
-    )
 
 
 def _touch_gradients(trainer: Any, pl_module: "pl.LightningModule") -> bool:

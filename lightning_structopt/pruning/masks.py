@@ -1,16 +1,21 @@
 """Masks by parameter name: apply them, count them, save them."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_structopt.pruning.sharding import Sharding, full, local, part_of
+
 
 class MaskSet:
     """The masks of a set of parameters, which they hold at zero in place.
+
+    Under FSDP2 each rank has the masks of its own parts; only :meth:`whole` and :meth:`pack`, which all ranks
+    call together, put one parameter's mask together at a time.
 
     Args:
         parameters: The parameters by name. They are referred to, never replaced.
@@ -18,6 +23,7 @@ class MaskSet:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
+        self.sharding = Sharding.of(self.parameters)
         self.total = sum(parameter.numel() for parameter in self.parameters.values())
         self.pruned = 0
         # 1 where a weight is kept, laid out in memory like its parameter. On the CPU a factor of the
@@ -30,33 +36,40 @@ class MaskSet:
         """The fraction of weights that are pruned."""
         return self.pruned / self.total
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights that this rank holds, detached."""
+        return {name: local(parameter.detach()) for name, parameter in self.parameters.items()}
+
     def masks(self) -> dict[str, Tensor]:
-        """Return fresh bool masks, True where a weight is kept; all True before the first pruning."""
+        """Return fresh bool masks of the same weights, True where one is kept; all True before any pruning."""
         if not self._factors:
             return {
-                name: torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
-                for name, parameter in self.parameters.items()
+                name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights().items()
             }
         return {name: factor.bool().contiguous() for name, factor in self._factors.items()}
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name and the mask of each whole parameter; all ranks call it together."""
+        for name, mask in self.masks().items():
+            yield name, full(mask, self.parameters[name])
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
         """Replace the masks and zero the weights that they prune.
 
         Args:
-            masks: A bool mask for every parameter, of its shape.
+            masks: A bool mask for every parameter, of the shape that this rank holds.
         """
-        for name, parameter in self.parameters.items():
-            dtype = parameter.dtype if parameter.device.type == "cpu" else torch.bool
-            factor = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-            self._factors[name] = factor.copy_(masks[name])
-        self.pruned = self.total - sum(int(mask.count_nonzero()) for mask in masks.values())
+        for name, weight in self.weights().items():
+            dtype = weight.dtype if weight.device.type == "cpu" else torch.bool
+            self._factors[name] = torch.empty_like(weight, dtype=dtype).copy_(masks[name])
+        kept = (int(mask.count_nonzero()) for name, mask in masks.items() if self.sharding.counts(name))
+        self.pruned = self.total - self.sharding.total(kept)
         self.apply()
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Zero the pruned weights."""
         if self._factors:
-            torch._foreach_mul_(list(self.parameters.values()), list(self._factors.values()))
+            torch._foreach_mul_(list(self.weights().values()), list(self._factors.values()))
 
     @torch.no_grad()
     def apply_to_gradients(self, parameters: Iterable[nn.Parameter]) -> bool:
@@ -67,7 +80,7 @@ class MaskSet:
         """
         factors = self._factor_of()
         pairs = [
-            (parameter.grad, factors[id(parameter)])
+            (local(parameter.grad), factors[id(parameter)])
             for parameter in parameters
             if parameter.grad is not None and id(parameter) in factors
         ]
@@ -84,15 +97,15 @@ class MaskSet:
         for parameter, state in optimizer.state.items():
             factor = factors.get(id(parameter))
             for value in state.values():
-                if factor is not None and isinstance(value, Tensor) and value.shape == factor.shape:
-                    value.mul_(factor)
+                if factor is not None and isinstance(value, Tensor) and value.shape == parameter.shape:
+                    local(value).mul_(factor)
 
     @torch.no_grad()
     def apply_to_copy(self, module: nn.Module) -> None:
         """Zero the pruned weights in ``module``, a copy of the module whose parameters these are."""
         copies = dict(module.named_parameters())
         for name, factor in self._factors.items():
-            copies[name].mul_(factor.to(copies[name].device))
+            local(copies[name]).mul_(factor.to(copies[name].device))
 
     def _factor_of(self) -> dict[int, Tensor]:
         return {id(self.parameters[name]): factor for name, factor in self._factors.items()}
@@ -103,11 +116,11 @@ class MaskSet:
             return {}
         return {
             name: {"shape": list(mask.shape), "bits": torch.from_numpy(_pack_bits(mask))}
-            for name, mask in self.masks().items()
+            for name, mask in self.whole()
         }
 
     def unpack(self, packed: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take over masks that :meth:`pack` returned.
+        """Take over masks that :meth:`pack` returned, whatever the number of ranks then and now.
 
         Raises:
             ValueError: If names or shapes differ from those of the parameters.
@@ -115,14 +128,27 @@ class MaskSet:
         if not packed:
             return
         _require_same_weights(packed, self.parameters)
-        self.update({
-            name: unpack_bits(entry).to(self.parameters[name].device) for name, entry in packed.items()
-        })
+        self.update({name: self._part(name, entry) for name, entry in packed.items()})
+
+    def fits(self, packed: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Tell whether ``packed`` describes these weights as they are: it has their names, shapes and zeros."""
+        same = {name: tuple(entry["shape"]) for name, entry in packed.items()}
+        if same != {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}:
+            return False
+        weights = self.weights()
+        revived = (
+            int(weights[name][~self._part(name, entry)].count_nonzero()) for name, entry in packed.items()
+        )
+        return self.sharding.total(revived) == 0
+
+    def _part(self, name: str, entry: Mapping[str, Any]) -> Tensor:
+        parameter = self.parameters[name]
+        return part_of(unpack_bits(entry).to(parameter.device), parameter)
 
     def digest(self) -> int:
         """Return a number of 63 bits that differs where any mask differs."""
         digest = hashlib.blake2b(digest_size=8)
-        for name, mask in self.masks().items():
+        for name, mask in self.whole():
             digest.update(name.encode())
             digest.update(_pack_bits(mask).tobytes())
         return int.from_bytes(digest.digest(), "big") >> 1

@@ -61,7 +61,6 @@ def prune(
 @torch.no_grad()
 def advance(masks: MaskSet, sparsity: float, criterion: Criterion, pattern: Pattern) -> bool:
     """Raise the sparsity of ``masks`` to ``sparsity`` and say whether anything changed."""
-    weights = {name: parameter.detach() for name, parameter in masks.parameters.items()}
     before = masks.pruned
-    masks.update(pattern.choose(criterion.score(weights), masks.masks(), sparsity))
+    masks.update(pattern.choose(criterion.score(masks.weights()), masks.masks(), sparsity, masks.sharding))
     return masks.pruned != before

@@ -1,7 +1,7 @@
 """Which weights go together, and how the sparsity is shared out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,16 +11,20 @@ from typing_extensions import override
 
 from lightning_structopt._checks import require_choice
 from lightning_structopt.pruning.criteria import Scores
+from lightning_structopt.pruning.sharding import Sharding
 from lightning_structopt.pruning.threshold import kth_smallest
 
 Masks = dict[str, Tensor]
+_WHOLE = Sharding()
 
 
 class Pattern(ABC):
     """A rule that turns scores into masks of a given sparsity."""
 
     @abstractmethod
-    def choose(self, scores: Scores, keep: Mapping[str, Tensor], sparsity: float) -> Masks:
+    def choose(
+        self, scores: Scores, keep: Mapping[str, Tensor], sparsity: float, sharding: Sharding = _WHOLE
+    ) -> Masks:
         """Choose what to keep.
 
         What is pruned stays pruned: nothing outside ``keep`` is kept.
@@ -29,6 +33,7 @@ class Pattern(ABC):
             scores: Importance of every weight.
             keep: The masks so far, by parameter name; True where a weight is kept.
             sparsity: Fraction of weights to be zero afterwards, in [0, 1).
+            sharding: How the weights are spread over ranks; scores and masks are those of this rank's parts.
 
         Returns:
             The new masks, by parameter name.
@@ -54,36 +59,43 @@ class Unstructured(Pattern):
         require_choice("scope", self.scope, ("global", "layer"))
 
     @override
-    def choose(self, scores: Scores, keep: Mapping[str, Tensor], sparsity: float) -> Masks:
+    def choose(
+        self, scores: Scores, keep: Mapping[str, Tensor], sparsity: float, sharding: Sharding = _WHOLE
+    ) -> Masks:
         groups = [list(keep)] if self.scope == "global" else [[name] for name in keep]
         masks: Masks = {}
         for names in groups:
             group = {name: keep[name] for name in names}
-            masks |= drop_lowest(scores, group, round(sparsity * sum(m.numel() for m in group.values())))
+            masks |= drop_lowest(scores, group, lambda total: round(sparsity * total), sharding)
         return masks
 
 
-def drop_lowest(scores: Scores, keep: Mapping[str, Tensor], count: int) -> Masks:
-    """Prune until ``count`` weights are gone, those with the lowest scores first, ties in order of index.
+def drop_lowest(
+    scores: Scores, keep: Mapping[str, Tensor], count_of: Callable[[int], int], sharding: Sharding = _WHOLE
+) -> Masks:
+    """Prune the weights with the lowest scores, ties in order of index.
 
     Args:
         scores: Importance of every weight.
-        keep: The masks so far; what is pruned counts towards ``count`` and comes first.
-        count: Number of weights that are pruned afterwards.
+        keep: The masks so far; what is pruned counts and comes first.
+        count_of: From the number of all weights to the number of those that are pruned afterwards.
+        sharding: How the weights are spread over ranks.
 
     Returns:
         The new masks; ``keep`` itself where enough is pruned already.
     """
-    total = sum(mask.numel() for mask in keep.values())
-    if count <= total - _kept(keep):
+    counted = {name: mask for name, mask in keep.items() if sharding.counts(name)}
+    total = sharding.total(mask.numel() for mask in counted.values())
+    kept = sharding.total(_kept(counted))
+    count = count_of(total)
+    if count <= total - kept:
         return dict(keep)
     ranked = _pruned_first(scores, keep)
-    values = [ranked.values[name] for name in keep]
-    threshold = kth_smallest(values, count, absolute=ranked.power is not None)
-    masks = {name: (mask & (ranked.ranked(name) > threshold)).contiguous() for name, mask in keep.items()}
-    spare = _kept(keep) - _kept(masks) - (count - (total - _kept(keep)))
-    _revive_ties(ranked, keep, masks, threshold, spare)
-    return masks
+    values = [ranked.values[name] if name in counted else ranked.values[name][:0] for name in keep]
+    threshold = kth_smallest(values, count, absolute=ranked.power is not None, group=sharding.group)
+    above = {name: _compare(torch.gt, ranked, name, threshold) & mask for name, mask in keep.items()}
+    gone = total - sharding.total(_kept({name: above[name] for name in counted}))
+    return _revive_ties(ranked, keep, above, threshold, gone - count, sharding)
 
 
 def _pruned_first(scores: Scores, keep: Mapping[str, Tensor]) -> Scores:
@@ -93,17 +105,39 @@ def _pruned_first(scores: Scores, keep: Mapping[str, Tensor]) -> Scores:
     return Scores({name: scores.values[name].masked_fill(~mask, -torch.inf) for name, mask in keep.items()})
 
 
+def _compare(
+    relation: Callable[[Tensor, Tensor], Tensor], scores: Scores, name: str, threshold: Tensor
+) -> Tensor:
+    # Among mixed precisions the threshold has the widest, to which torch would not promote for a single value.
+    return relation(scores.ranked(name).to(threshold.dtype), threshold.to(scores.values[name].device))
+
+
 def _revive_ties(
-    scores: Scores, keep: Mapping[str, Tensor], masks: Masks, threshold: Tensor, spare: int
-) -> None:
-    """Take back the last ``spare`` weights that tie with the threshold."""
-    for name in reversed(list(keep)):
-        if spare == 0:
-            return
-        ties = (keep[name] & (scores.ranked(name) == threshold)).flatten().nonzero().squeeze(1)[-spare:]
-        masks[name].view(-1)[ties] = True
-        spare -= len(ties)
+    scores: Scores,
+    keep: Mapping[str, Tensor],
+    masks: Masks,
+    threshold: Tensor,
+    spare: int,
+    sharding: Sharding,
+) -> Masks:
+    """Take back the last ``spare`` weights that tie with the threshold, in order of name, rank and index."""
+    masks = {name: mask.contiguous() for name, mask in masks.items()}
+    if spare == 0:
+        return masks
+    ties = {
+        name: (mask & _compare(torch.eq, scores, name, threshold)).flatten().nonzero().squeeze(1)
+        for name, mask in keep.items()
+    }
+    everywhere = sharding.gather([len(found) for found in ties.values()])
+    for index, name in reversed(list(enumerate(keep))):
+        ranks = range(len(everywhere)) if name in sharding.sharded else [sharding.rank]
+        for rank in reversed(ranks):
+            revived = min(spare, everywhere[rank][index])
+            spare -= revived
+            if rank == sharding.rank and revived:
+                masks[name].view(-1)[ties[name][-revived:]] = True
+    return masks
 
 
-def _kept(masks: Mapping[str, Tensor]) -> int:
-    return sum(int(mask.count_nonzero()) for mask in masks.values())
+def _kept(masks: Mapping[str, Tensor]) -> Iterator[int]:
+    return (int(mask.count_nonzero()) for mask in masks.values())

@@ -48,7 +48,9 @@ def fit(root: Path, callback: pl.Callback, *more: pl.Callback, ckpt: Any = None,
 
 
 def names(kind: type) -> set[str]:
-    return {name for name in so.__all__ if inspect.isclass(found := getattr(so, name)) and issubclass(found, kind)}
+    return {
+        name for name in so.__all__ if inspect.isclass(found := getattr(so, name)) and issubclass(found, kind)
+    }
 
 
 def test_every_exported_callback_is_registered() -> None:

@@ -30,7 +30,9 @@ every_value = pytest.mark.parametrize("value", VALUES, ids=repr)
 
 
 def test_every_exported_dataclass_is_registered() -> None:
-    exported = {name for name in so.__all__ if inspect.isclass(c := getattr(so, name)) and dataclasses.is_dataclass(c)}
+    exported = {
+        name for name in so.__all__ if inspect.isclass(c := getattr(so, name)) and dataclasses.is_dataclass(c)
+    }
     assert exported == {type(value).__name__ for value in VALUES}
 
 

@@ -64,28 +64,36 @@ def test_what_is_pruned_stays_pruned_and_counts(kind: str) -> None:
         n: torch.rand(t.shape, generator=torch.Generator().manual_seed(1)) > 0.4 for n, t in tensors.items()
     }
     tensors = {name: tensor * keep[name] for name, tensor in tensors.items()}
-    masks = drop_lowest(Magnitude().score(tensors), keep, 50)
+    masks = drop_lowest(Magnitude().score(tensors), keep, lambda total: 50)
     assert flat(masks).tolist() == by_sorting(flat(tensors).abs().tolist(), flat(keep).tolist(), 50)
 
 
 def test_negative_scores_rank_below_zero_but_never_below_what_is_pruned() -> None:
     values = {"a": torch.tensor([[-5.0, 3.0, -1.0, 0.0, 2.0]])}
     keep = {"a": torch.tensor([[True, True, True, False, True]])}
-    masks = drop_lowest(Scores(values), keep, 2)
+    masks = drop_lowest(Scores(values), keep, lambda total: 2)
     assert masks["a"].tolist() == [[False, True, True, False, True]]
     assert values["a"].tolist() == [[-5.0, 3.0, -1.0, 0.0, 2.0]]
 
 
 def test_enough_is_enough() -> None:
     keep = {"a": torch.tensor([[True, False, False]])}
-    assert drop_lowest(Magnitude().score({"a": torch.ones(1, 3)}), keep, 1)["a"].tolist() == [
-        [True, False, False]
-    ]
+    masks = drop_lowest(Magnitude().score({"a": torch.ones(1, 3)}), keep, lambda total: 1)
+    assert masks["a"].tolist() == [[True, False, False]]
+
+
+def test_mixed_precisions_are_compared_without_rounding() -> None:
+    tensors = {
+        "a": torch.tensor([1.0, 1.001, 1.002]),
+        "b": torch.tensor([1.0, 1.0078125], dtype=torch.bfloat16),
+    }
+    masks = drop_lowest(Magnitude().score(tensors), all_kept(tensors), lambda total: 3)
+    assert flat(masks).tolist() == [False, False, True, False, True]
 
 
 def test_channels_last_weights_follow_logical_order() -> None:
     tensor = torch.full((2, 3, 2, 2), 0.5).to(memory_format=torch.channels_last)
-    masks = drop_lowest(Magnitude().score({"a": tensor}), all_kept({"a": tensor}), 5)
+    masks = drop_lowest(Magnitude().score({"a": tensor}), all_kept({"a": tensor}), lambda total: 5)
     assert masks["a"].flatten().tolist() == [False] * 5 + [True] * 19
 
 

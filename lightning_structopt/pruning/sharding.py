@@ -1,0 +1,99 @@
+"""Counting weights that are spread over ranks, as under FSDP2."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of ``tensor`` that this rank holds: all of it unless it is a DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(part: Tensor, like: Tensor) -> Tensor:
+    """Put the local parts of a tensor that is sharded as ``like`` is together; all ranks call it."""
+    if not isinstance(like, DTensor):
+        return part
+    whole = DTensor.from_local(
+        part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride(), run_check=False
+    )
+    return whole.full_tensor()
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's part of ``whole`` under the sharding of ``like``; every rank has all of ``whole``."""
+    if not isinstance(like, DTensor):
+        return whole
+    # Every rank has the data, so none is sent.
+    return local(distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None))
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which parameters are sharded over which ranks.
+
+    Args:
+        mesh: The ranks that share the parameters; None in a single process and where every rank holds all.
+        sharded: Names of the parameters of which each rank holds a part. The others are the same everywhere
+            and are counted by the first rank alone.
+    """
+
+    mesh: DeviceMesh | None = None
+    sharded: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Tensor]) -> "Sharding":
+        """Read the sharding off ``parameters``.
+
+        Raises:
+            ValueError: If they are sharded over meshes that differ or have several dimensions.
+        """
+        sharded = {
+            name: parameter
+            for name, parameter in parameters.items()
+            if isinstance(parameter, DTensor) and any(isinstance(p, Shard) for p in parameter.placements)
+        }
+        meshes = list(dict.fromkeys(parameter.device_mesh for parameter in sharded.values()))
+        if len(meshes) > 1 or any(mesh.ndim > 1 for mesh in meshes):
+            raise ValueError(
+                "Pruned parameters must be sharded over one device mesh of one dimension. Found "
+                f"{', '.join(map(str, meshes))}. Use FSDP2 without tensor parallelism (`tensor_parallel_size=1`)."
+            )
+        return cls(meshes[0] if meshes else None, frozenset(sharded))
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group of the ranks, or None where there is nothing to exchange."""
+        return self.mesh.get_group() if self.mesh is not None else None
+
+    def counts(self, name: str) -> bool:
+        """Whether this rank counts parameter ``name``."""
+        return self.mesh is None or name in self.sharded or self.mesh.get_local_rank() == 0
+
+    def total(self, numbers: Iterable[int]) -> int:
+        """Return the sum of ``numbers`` over all ranks."""
+        number = sum(numbers)
+        if self.mesh is None:
+            return number
+        tensor = torch.tensor([number], device=self.mesh.device_type)
+        dist.all_reduce(tensor, group=self.group)
+        return int(tensor.item())
+
+    def gather(self, numbers: list[int]) -> list[list[int]]:
+        """Return the ``numbers`` of every rank, in order of rank."""
+        if self.mesh is None:
+            return [numbers]
+        mine = torch.tensor(numbers, device=self.mesh.device_type)
+        everyone = [torch.empty_like(mine) for _ in range(self.mesh.size())]
+        dist.all_gather(everyone, mine, group=self.group)
+        return [numbers.tolist() for numbers in everyone]
+
+    @property
+    def rank(self) -> int:
+        """This process's place among the ranks."""
+        return 0 if self.mesh is None else self.mesh.get_local_rank()
