@@ -195,13 +195,16 @@ class IterativePruning(Callback):
                 f"Training ended before the pruning window closed: sparsity is {masks.sparsity:.4f}, the target "
                 f"{self._target}. Train to the end of the window, or give a smaller `end`."
             )
+        table = sparsity_table(self.masks)  # on every rank, as each has a part of sharded masks
         if self.verbose:
-            rank_zero_only(rich_print)(sparsity_table(self.masks))
+            rank_zero_only(rich_print)(table)
 
     @override
     def on_exception(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException
     ) -> None:
+        if self._masks is not None and self._masks.sharding.mesh is not None:
+            self._masks = None  # putting sharded masks together would wait for ranks that may be gone
         self._let_go()
 
     @override
@@ -265,7 +268,14 @@ class IterativePruning(Callback):
             return
         active = [c._in_training() for c in trainer.callbacks if isinstance(c, IterativePruning)]
         sparsity = sum(masks.pruned for masks in active) / sum(masks.total for masks in active)
-        pl_module.log("pruning/sparsity", sparsity, on_step=on_step, on_epoch=not on_step, prog_bar=on_step)
+        pl_module.log(
+            "pruning/sparsity",
+            sparsity,
+            on_step=on_step,
+            on_epoch=not on_step,
+            prog_bar=on_step,
+            sync_dist=not on_step,  # the same on all ranks, but Lightning warns of epoch values without
+        )
 
     def _require_sole_owner(
         self, trainer: Any, pl_module: "pl.LightningModule", mine: Mapping[str, Tensor]

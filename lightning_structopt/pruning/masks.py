@@ -146,11 +146,12 @@ class MaskSet:
         return part_of(unpack_bits(entry).to(parameter.device), parameter)
 
     def digest(self) -> int:
-        """Return a number of 63 bits that differs where any mask differs."""
+        """Return a number of 63 bits that differs where any mask differs that all ranks should have alike."""
         digest = hashlib.blake2b(digest_size=8)
-        for name, mask in self.whole():
-            digest.update(name.encode())
-            digest.update(_pack_bits(mask).tobytes())
+        for name, mask in self.masks().items():
+            if name not in self.sharding.sharded:
+                digest.update(name.encode())
+                digest.update(_pack_bits(mask).tobytes())
         return int.from_bytes(digest.digest(), "big") >> 1
 
 
