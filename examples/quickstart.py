@@ -173,7 +173,7 @@ def draw(kinds: dict[str, Runs], path: str) -> bool:
     curves.set_zorder(sparsity.get_zorder() + 1)
     curves.patch.set_visible(False)
     curves.legend(loc="lower right")
-    bars = sizes.bar(kinds, [statistics.mean(runs.compressed_kb) for runs in kinds.values()], width=0.5)
+    bars = sizes.bar(list(kinds), [statistics.mean(runs.compressed_kb) for runs in kinds.values()], width=0.5)
     bars[0].set_color("tab:gray")
     sizes.bar_label(bars, fmt="%.0f KiB")
     sizes.set(title="Compressed file", ylabel="KiB")

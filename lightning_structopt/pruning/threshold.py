@@ -1,12 +1,12 @@
 """The exact k-th smallest score over many tensors, found without putting them side by side.
 
-A small even sample gives two values that bracket the k-th almost surely. One pass then counts the scores below
-and keeps the few inside, among which the k-th is found. Ties at an end of the bracket take a second pass. If
-the sample misled, histograms over the bits of all scores are equally exact.
+A small even sample gives two values that bracket the k-th almost surely. One pass then counts the scores
+below and keeps the few inside, among which the k-th is found. Ties at an end of the bracket take a second
+pass. If the sample misled, histograms over the bits of all scores are equally exact.
 
-What bounds the speed: each block of scores is read from memory once and, while it is in the cache, made
-absolute, compared twice, counted and searched for the few hits. That is less than ``abs().sum()`` spends where
-its temporary misses the cache, and more where it fits. On the CPU the masks are numpy's, whose comparisons into
+What bounds the speed: each block of scores is read from memory once and, while in the cache, made absolute,
+compared twice, counted and searched for the few hits. That costs less than ``abs().sum()`` where the latter's
+temporary misses the cache, and more where it fits. On the CPU the masks are numpy's, whose comparisons into
 bytes are several times faster than torch's; its calls release the GIL, so large inputs use threads.
 """
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lightning_structopt._checks import require_whole
 
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _KEYS = {torch.float32: torch.int32, torch.float64: torch.int64}  # integers that hold the bits of a score
 _BLOCK = 2**17  # float32 scores and two masks, 768 KiB, stay in a core's L2 cache
 _DIGIT = 11  # bits per histogram: 2048 counters stay in the L1 cache and are cheap to all-reduce
@@ -52,8 +53,9 @@ def kth_smallest(
             the same answer. They exchange about a dozen histograms of fixed size, never scores.
 
     Returns:
-        A 0-dim tensor on the first tensor's device. Mixed dtypes rank without rounding and give their promoted
-        dtype. Convert scores to it before comparing: torch rounds a 0-dim float32 next to a bfloat16 tensor.
+        A 0-dim tensor on the first tensor's device. Mixed dtypes rank without rounding and give their
+        promoted dtype; convert scores to it before comparing, as torch would round a 0-dim float32 to the
+        dtype of a bfloat16 tensor.
 
     Raises:
         TypeError: If one of ``tensors`` is not a plain floating-point tensor, or ``k`` is not an ``int``.
@@ -91,7 +93,7 @@ def _check(tensors: Sequence[Tensor]) -> None:
             raise TypeError(
                 f"`tensors` must be plain tensors. {found} Of a DTensor, pass `to_local()` and `group`."
             )
-        if t.dtype not in {torch.float16, torch.bfloat16, *_KEYS}:
+        if t.dtype not in _DTYPES:
             found = f"Found {t.dtype} at index {i}."
             raise TypeError(f"Scores must be float16, bfloat16, float32 or float64. {found} Use `.float()`.")
 
@@ -161,7 +163,7 @@ class _Scores:
 
     def over_ranks(self, *counts: int) -> list[int]:
         """Sum each count over the ranks."""
-        return list(counts) if self.group is None else self._all_reduce(torch.tensor(counts)).tolist()
+        return self._all_reduce(torch.tensor(counts)).tolist()
 
     def _all_reduce(self, counts: Tensor) -> Tensor:
         if self.group is not None:
@@ -182,9 +184,9 @@ class _Scores:
         stride = round(total ** (1 / 3) / 2) | 1  # odd, not to meet the same few columns of a matrix
         parts, seen = [], 0
         for block in self._blocks(4):
-            parts.append(self._load(block.reshape(-1)[-seen % stride :: stride]))
+            parts.append(block.reshape(-1)[-seen % stride :: stride].to(self.device, self.dtype))
             seen += block.numel()
-        return self.only(parts)
+        return self.only([self._load(torch.cat(parts))])
 
     def select(self, k: int) -> Tensor:
         """Return the k-th smallest, digit by digit, each from a histogram over all scores."""
@@ -211,55 +213,44 @@ class _Scores:
     def tally(self, low: float, high: float) -> _Tally:
         """Count this rank's scores below ``low``; count and, if few, keep those from ``low`` to ``high``."""
         blocks, room = list(self._blocks()), max(2**17, self.size // 64)
-        if self.device.type != "cpu":
-            return self._tally_device(blocks, low, high, room)
-        # Few, as their buffers add up, and one if torch converts the dtype with threads of its own.
-        plain = all(t.dtype == self.dtype and t.device == self.device for t in self.tensors)
-        workers = min(torch.get_num_threads(), self.size // 2**23 + 1) if plain else 1
-        work = partial(self._tally_cpu, low=low, high=high, room=room // workers)
+        # Each thread has buffers, so they are few. Where torch converts, it has threads of its own.
+        uses_numpy = all(t.device.type == "cpu" and t.dtype == self.dtype for t in self.tensors)
+        workers = min(torch.get_num_threads(), self.size // 2**23 + 1) if uses_numpy else 1
+        work = partial(self._tally, low=low, high=high, room=room // workers)
         if workers == 1:
             return work(blocks)
         with ThreadPoolExecutor(workers) as pool:  # for this pass alone: a later fork finds no thread
-            below, inside, nans, values = zip(*pool.map(work, [blocks[i::workers] for i in range(workers)]))
-        return _Tally(sum(below), sum(inside), sum(nans), [v for part in values for v in part])
+            tallies = list(pool.map(work, [blocks[i::workers] for i in range(workers)]))
+        below, inside, nans = (sum(counts) for counts in zip(*(tally[:3] for tally in tallies), strict=True))
+        return _Tally(below, inside, nans, [values for tally in tallies for values in tally.values])
 
-    def _tally_cpu(self, blocks: Sequence[Tensor], low: float, high: float, room: int) -> _Tally:
-        """Tally with numpy, in buffers that stay in the cache from block to block."""
+    def _tally(self, blocks: Sequence[Tensor], low: float, high: float, room: int) -> _Tally:
+        library, native = (np, Tensor.numpy) if self.device.type == "cpu" else (torch, Tensor.detach)
         below, inside, nans, kept = 0, 0, 0, []
-        buffer, masks = torch.empty(_BLOCK, dtype=self.dtype), np.empty((2, _BLOCK), dtype=bool)
+        size = max((block.numel() for block in blocks), default=0)
+        buffer = native(torch.empty(size, dtype=self.dtype, device=self.device))
+        masks = native(torch.empty(2, size, dtype=torch.bool, device=self.device))
         for block in blocks:
-            scores = self._load(block, buffer).numpy()
-            under, over = masks[:, : scores.size].reshape(2, *scores.shape)
-            np.less(scores, low, out=under)
-            np.greater(scores, high, out=over)
-            values = scores[np.equal(under, over, out=over)]  # neither: inside, or NaN
-            below += np.count_nonzero(under)
-            inside += values.size
-            nans += np.count_nonzero(np.isnan(values))
-            if inside <= room:
-                kept.append(torch.from_numpy(values))
-        return _Tally(below, inside, nans, kept)
-
-    def _tally_device(self, blocks: Sequence[Tensor], low: float, high: float, room: int) -> _Tally:
-        """Tally with torch; picking the values is the one synchronization per block."""
-        below, inside, nans, kept = torch.zeros((), device=self.device, dtype=torch.int64), 0, 0, []
-        for block in blocks:
-            scores = self._load(block)
-            under = scores < low
-            values = scores[under == (scores > high)]  # neither: inside, or NaN
-            below = below + under.count_nonzero()
+            slot = buffer[: block.numel()].reshape(block.shape)
+            under, over = (mask[: block.numel()].reshape(block.shape) for mask in masks)
+            if block.dtype != self.dtype or block.device != self.device:
+                block = torch.as_tensor(slot).copy_(block)
+            scores = library.absolute(native(block), out=slot) if self.absolute else native(block)
+            library.less(scores, low, out=under)
+            library.greater(scores, high, out=over)
+            values = scores[under == over]  # neither: inside, or NaN
+            # No `int` here: on CUDA it would wait. Picking the values does, once per block.
+            below += library.count_nonzero(under)
+            nans += library.count_nonzero(library.isnan(values))
             inside += len(values)
-            nans = nans + values.isnan().count_nonzero()
             if inside <= room:
-                kept.append(values)
+                kept.append(torch.as_tensor(values))
         return _Tally(int(below), inside, int(nans), kept)
 
-    def _load(self, block: Tensor, buffer: Tensor | None = None) -> Tensor:
-        """Return what ``block`` ranks by, in ``buffer`` if given and needed."""
-        out = block.to(self.device, self.dtype)
-        if not self.absolute:
-            return out
-        return torch.abs(out, out=None if buffer is None else buffer[: out.numel()].view(out.shape))
+    def _load(self, block: Tensor) -> Tensor:
+        """Return what ``block`` ranks by."""
+        block = block.to(self.device, self.dtype)
+        return block.abs() if self.absolute else block
 
     def _blocks(self, times: int = 1) -> Iterator[Tensor]:
         """Cut the tensors into views of at most ``times`` a block; a device has larger ones than a cache."""
@@ -269,14 +260,16 @@ class _Scores:
 
 
 def _cut(tensor: Tensor, size: int) -> Iterator[Tensor]:
-    """Cut ``tensor`` into views of at most ``size`` elements, in memory order."""
+    """Cut ``tensor`` into views of at most ``size`` elements, in the order of memory."""
+    if tensor.numel() <= size:
+        yield tensor
+        return
     tensor = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))
     if tensor.is_contiguous():
         yield from tensor.view(-1).split(size)  # type: ignore[no-untyped-call]
-    elif tensor.numel() <= size:
-        yield tensor
     else:
-        for start in range(0, len(tensor), step := max(1, size // tensor[0].numel())):
+        step = max(1, size // tensor[0].numel())
+        for start in range(0, len(tensor), step):
             yield from _cut(tensor[start : start + step], size)
 
 
