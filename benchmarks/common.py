@@ -38,7 +38,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.generator is None:
-            yield from zip(self.inputs.split(self.batch_size), self.labels.split(self.batch_size), strict=True)
+            inputs, labels = (tensor.split(self.batch_size) for tensor in (self.inputs, self.labels))
+            yield from zip(inputs, labels, strict=True)
             return
         for chosen in torch.randperm(len(self.inputs), generator=self.generator).split(self.batch_size):
             yield self.inputs[chosen], self.labels[chosen]

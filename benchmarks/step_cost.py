@@ -1,13 +1,13 @@
-"""What pruning costs per training step: unpruned, IterativePruning and Lightning's ModelPruning, side by side.
+"""What pruning costs per training step: unpruned, IterativePruning and Lightning's ModelPruning.
 
-Every contender trains inside a Trainer of its own. Short segments of training take turns in random order, so
+Every entrant trains inside a Trainer of its own. Short segments of training take turns in random order, so
 that whatever else the machine does hits all of them alike, and each ratio compares segments of one round. The
 unpruned model runs twice: the second one's ratio to the first shows the noise.
 """
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any
@@ -24,10 +24,10 @@ from lightning_structopt.pruning import IterativePruning, OneShotRamp
 
 SPARSITY = 0.9
 WARM_UP = 3  # steps at the start of a segment that don't count: the optimizer's state is new, caches are cold
-LR = 1e-6  # weights hardly move, so that no contender's numbers run into slow denormals
+LR = 1e-6  # weights hardly move, so that nobody's numbers run into slow denormals
 
-Optimizers = dict[str, Callable[[Any], torch.optim.Optimizer]]
-OPTIMIZERS: Optimizers = {
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, MakeOptimizer] = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=LR),
     "SGD with momentum": lambda parameters: torch.optim.SGD(parameters, lr=LR, momentum=0.9),
 }
@@ -75,7 +75,7 @@ TASKS = {
 
 
 class Classifier(pl.LightningModule):
-    def __init__(self, net: nn.Module, make_optimizer: Callable[[Any], torch.optim.Optimizer]) -> None:
+    def __init__(self, net: nn.Module, make_optimizer: MakeOptimizer) -> None:
         super().__init__()
         self.net = net
         self.make_optimizer = make_optimizer
@@ -117,7 +117,7 @@ def model_pruning(net: nn.Module) -> list[Callback]:
     ]
 
 
-CONTENDERS: dict[str, Callable[[nn.Module], list[Callback]]] = {
+ENTRANTS: dict[str, Callable[[nn.Module], list[Callback]]] = {
     "unpruned": lambda net: [],
     "unpruned, again": lambda net: [],
     "IterativePruning": iterative_pruning,
@@ -126,7 +126,7 @@ CONTENDERS: dict[str, Callable[[nn.Module], list[Callback]]] = {
 
 
 class StepTimer(Callback):
-    """Times whole steps, from the start of one batch to the start of the next: loading, step and all hooks."""
+    """Times whole steps, from the start of one batch to the start of the next: data, step and every hook."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
@@ -146,11 +146,11 @@ class StepTimer(Callback):
 
 
 @dataclass
-class Contest:
-    """One contender: its module, its Trainer and the times of its segments."""
+class Entrant:
+    """A module with its Trainer and the times of its segments."""
 
     task: Task
-    make_optimizer: Callable[[Any], torch.optim.Optimizer]
+    make_optimizer: MakeOptimizer
     make_callbacks: Callable[[nn.Module], list[Callback]]
     times_ms: list[float] = field(default_factory=list)
     crash: str | None = None
@@ -159,7 +159,8 @@ class Contest:
         torch.manual_seed(0)
         self.module = Classifier(self.task.build(), self.make_optimizer)
         self.timer = StepTimer()
-        self.trainer = quiet_trainer(max_epochs=0, callbacks=[self.timer, *self.make_callbacks(self.module.net)])
+        callbacks = [self.timer, *self.make_callbacks(self.module.net)]
+        self.trainer = quiet_trainer(max_epochs=0, callbacks=callbacks)
         batches = WARM_UP + self.task.steps + 1
         size = self.task.inputs[0]
         inputs = torch.randn(batches * size, *self.task.inputs[1:])
@@ -175,7 +176,8 @@ class Contest:
 
     def measure(self) -> None:
         self.train()
-        self.times_ms.append(self.timer.step_ms())
+        if self.crash is None:
+            self.times_ms.append(self.timer.step_ms())
 
     def sparsity(self) -> float:
         """Return the share of zeros among the weights that a forward pass uses."""
@@ -183,59 +185,60 @@ class Contest:
         return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
-def contest(
-    task: Task, make_optimizer: Callable[[Any], torch.optim.Optimizer], rounds: int
-) -> dict[str, Contest]:
-    contests = {name: Contest(task, make_optimizer, make) for name, make in CONTENDERS.items()}
-    for one in contests.values():
-        one.train()  # ModelPruning prunes at the end of this
+def contest(task: Task, make_optimizer: MakeOptimizer, rounds: int) -> dict[str, Entrant]:
+    entrants = {name: Entrant(task, make_optimizer, make) for name, make in ENTRANTS.items()}
+    for entrant in entrants.values():
+        entrant.train()  # ModelPruning prunes at the end of this
     order = random.Random(0)
     for _ in range(rounds):
-        alive = [one for one in contests.values() if one.crash is None]
-        for one in order.sample(alive, len(alive)):
-            one.measure()
-    return contests
+        alive = [entrant for entrant in entrants.values() if entrant.crash is None]
+        for entrant in order.sample(alive, len(alive)):
+            entrant.measure()
+    return entrants
 
 
-def summarize(contests: dict[str, Contest]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    reference = contests["unpruned"].times_ms
-    for name, one in contests.items():
-        if one.crash is not None:
-            rows.append({"contender": name, "crash": one.crash})
+def summarize(entrants: dict[str, Entrant]) -> Iterator[dict[str, Any]]:
+    for name, entrant in entrants.items():
+        if entrant.crash is not None:
+            yield {"entrant": name, "crash": entrant.crash}
             continue
-        ratios = [mine / base for mine, base in zip(one.times_ms, reference, strict=True)]
-        lower, middle, upper = quantiles(ratios, n=4, method="inclusive")
-        step = median(one.times_ms)
-        sparsity = one.sparsity()
-        rows.append({
-            "contender": name, "sparsity": sparsity, "step_ms": step, "ratio": middle, "quartiles": [lower, upper]
-        })  # fmt: skip
-    return rows
+        pairs = zip(entrant.times_ms, entrants["unpruned"].times_ms, strict=True)
+        lower, middle, upper = quantiles([mine / base for mine, base in pairs], n=4, method="inclusive")
+        yield {
+            "entrant": name,
+            "sparsity": entrant.sparsity(),
+            "step_ms": median(entrant.times_ms),
+            "ratio": middle,
+            "quartiles": [lower, upper],
+        }
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    result = Table("task", "contender", "sparsity", "step (ms)", "x unpruned", "quartiles", title=rows[0]["optimizer"])
+def cells(row: dict[str, Any]) -> list[str]:
+    if "crash" in row:
+        return [row["task"], row["entrant"], "", "", "crash", row["crash"]]
+    lower, upper = row["quartiles"]
+    figures = [f"{row['sparsity']:.3f}", f"{row['step_ms']:.1f}", f"{row['ratio']:.3f}"]
+    return [row["task"], row["entrant"], *figures, f"{lower:.3f} to {upper:.3f}"]
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table("task", "entrant", "sparsity", "step (ms)", "x unpruned", "quartiles", title=title)
     for row in rows:
-        if "crash" in row:
-            result.add_row(row["task"], row["contender"], "", "crash", "", row["crash"])
-            continue
-        lower, upper = row["quartiles"]
-        figures = (f"{row['sparsity']:.3f}", f"{row['step_ms']:.1f}", f"{row['ratio']:.3f}", f"{lower:.3f}-{upper:.3f}")
-        result.add_row(row["task"], row["contender"], *figures)
-    return result
+        table.add_row(*cells(row))
+    Console().print(table)
 
 
 def main() -> None:
     arguments = parse_arguments("step_cost", __doc__)
     rounds = 2 if arguments.fast else 40
     rows: list[dict[str, Any]] = []
-    for optimizer, make_optimizer in OPTIMIZERS.items():
+    for optimizer in ["Adam"] if arguments.fast else OPTIMIZERS:
         block: list[dict[str, Any]] = []
-        for task, spec in TASKS.items():
-            labels = {"optimizer": optimizer, "task": task, "rounds": rounds}
-            block += [labels | row for row in summarize(contest(spec, make_optimizer, rounds))]
-        Console().print(table(block))
+        for name, task in TASKS.items():
+            task = replace(task, steps=2) if arguments.fast else task
+            labels = {"optimizer": optimizer, "task": name, "rounds": rounds}
+            block += [labels | row for row in summarize(contest(task, OPTIMIZERS[optimizer], rounds))]
+        show(optimizer, block)
         rows += block
     write_json(arguments.output, "step_cost", rows)
 

@@ -46,9 +46,10 @@ def _digits() -> Split:
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8)
     split = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
     train_x, test_x, train_y, test_y = (torch.from_numpy(array) for array in split)
-    return _inputs(train_x.view(-1, 8, 8), 16), train_y.long(), _inputs(test_x.view(-1, 8, 8), 16), test_y.long()
+    return _inputs(train_x, 16), train_y.long(), _inputs(test_x, 16), test_y.long()
 
 
 def _fashion_mnist() -> Split:
@@ -75,10 +76,6 @@ def _fashion_mnist_folder() -> Path:
 
 
 def _download() -> Path:
-    remedies = (
-        "Install torchvision to download it, install Debian's package `dataset-fashion-mnist`, or set "
-        "`FASHION_MNIST_DIR` to the folder of its four idx files."
-    )
     try:
         from torchvision.datasets import FashionMNIST
 
@@ -86,7 +83,9 @@ def _download() -> Path:
     except (ImportError, OSError, RuntimeError) as error:
         searched = ", ".join(str(folder) for folder in _FOLDERS)
         raise FileNotFoundError(
-            f"Fashion-MNIST must be on this machine. Searched {searched}; the download failed: {error}. {remedies}"
+            f"Fashion-MNIST must be on this machine. Found none in {searched}, and no download: {error}. "
+            "Install torchvision to download it, install Debian's package `dataset-fashion-mnist`, or set "
+            "`FASHION_MNIST_DIR` to the folder of its four idx files."
         ) from error
 
 

@@ -37,7 +37,7 @@ def training_horizon(trainer: Any) -> Horizon:
     steps_before = _steps_before_epoch(trainer)
     if steps_before(max_epochs) <= max_steps:
         return Horizon(max_epochs, steps_before(max_epochs))
-    return Horizon(_epochs_for(max_steps, steps_before), max_steps)
+    return Horizon(min(max_epochs, _epochs_for(max_steps, steps_before)), max_steps)
 
 
 def steps_taken(trainer: Any) -> int:

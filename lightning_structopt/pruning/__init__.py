@@ -2,8 +2,9 @@
 
 from lightning_structopt.pruning.callback import IterativePruning
 from lightning_structopt.pruning.criteria import Criterion, Magnitude, Scores
+from lightning_structopt.pruning.distributions import Distribution, ErdosRenyi, PerLayer, Uniform
 from lightning_structopt.pruning.one_shot import prune
-from lightning_structopt.pruning.patterns import Pattern, Unstructured
+from lightning_structopt.pruning.patterns import Block, NByM, Neurons, Pattern, Unstructured
 from lightning_structopt.pruning.ramps import (
     CubicRamp,
     GeometricRamp,
@@ -15,17 +16,24 @@ from lightning_structopt.pruning.ramps import (
 from lightning_structopt.pruning.threshold import kth_smallest
 
 __all__ = [
+    "Block",
     "Criterion",
     "CubicRamp",
+    "Distribution",
+    "ErdosRenyi",
     "GeometricRamp",
     "IterativePruning",
     "LinearRamp",
     "Magnitude",
+    "NByM",
+    "Neurons",
     "OneCycleRamp",
     "OneShotRamp",
     "Pattern",
+    "PerLayer",
     "Ramp",
     "Scores",
+    "Uniform",
     "Unstructured",
     "kth_smallest",
     "prune",

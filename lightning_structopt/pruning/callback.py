@@ -26,11 +26,11 @@ from lightning_structopt.pruning.host import (
     require_strategy_keeps_parameters,
 )
 from lightning_structopt.pruning.masks import MaskSet, unpack_bits
-from lightning_structopt.pruning.one_shot import advance
+from lightning_structopt.pruning.one_shot import advance, masks_for
 from lightning_structopt.pruning.patterns import Pattern, Unstructured
 from lightning_structopt.pruning.ramps import CubicRamp, Ramp
 from lightning_structopt.pruning.report import sparsity_table
-from lightning_structopt.pruning.selection import Pick, as_picks, select_parameters
+from lightning_structopt.pruning.selection import Pick, Spare, as_picks
 from lightning_structopt.pruning.window import RampSteps, Window
 
 
@@ -61,6 +61,7 @@ class IterativePruning(Callback):
             two or more dimensions of linear, convolutional, attention and recurrent layers. Globs with
             wildcards narrow that choice; an exact name or a module type (``torch.nn.Embedding``) also adds.
         exclude: Which of them to leave alone: globs or module types.
+        spare: ``"first"``, ``"last"`` or ``"both"``: the layer of the first or last chosen weight stays dense.
         verbose: Whether to print a table of all layers in the end.
 
     Raises:
@@ -89,6 +90,7 @@ class IterativePruning(Callback):
         every: int = 1,
         include: Pick | Sequence[Pick] | None = None,
         exclude: Pick | Sequence[Pick] | None = None,
+        spare: Spare | None = None,
         verbose: bool = True,
     ) -> None:
         require_in("sparsity", sparsity, 0, 1, closed="left")
@@ -104,6 +106,9 @@ class IterativePruning(Callback):
         self.interval = interval
         self.include = as_picks("include", include)
         self.exclude = as_picks("exclude", exclude)
+        if spare is not None:
+            require_choice("spare", spare, ("first", "last", "both"))
+        self.spare = spare
         self.verbose = verbose
 
         # Between fits the masks rest here, as plain data: no reference to a module outlives its training.
@@ -134,7 +139,9 @@ class IterativePruning(Callback):
     @override
     def state_key(self) -> str:
         # Two of these on one trainer own different parameters, so this tells them apart.
-        return self._generate_state_key(include=_shown(self.include), exclude=_shown(self.exclude))
+        return self._generate_state_key(
+            include=_shown(self.include), exclude=_shown(self.exclude), spare=self.spare
+        )
 
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
@@ -146,9 +153,8 @@ class IterativePruning(Callback):
         require_strategy_keeps_parameters(trainer)
         require_optimizers_keep_zeros(trainer.optimizers)
         require_end(trainer)
-        parameters = select_parameters(pl_module, self.include or None, self.exclude or None)
-        self._require_sole_owner(trainer, pl_module, parameters)
-        self._masks = MaskSet(parameters)
+        self._masks = self._masks_of(pl_module)
+        self._require_sole_owner(trainer, pl_module, self._masks.parameters)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -226,7 +232,12 @@ class IterativePruning(Callback):
             f"IterativePruning(sparsity={self._target!r}, criterion={self.criterion!r}, pattern={self.pattern!r}, "
             f"ramp={self.ramp!r}, begin={self._window.begin!r}, end={self._window.end!r}, "
             f"interval={self.interval!r}, every={self._window.every!r}, include={_shown(self.include)}, "
-            f"exclude={_shown(self.exclude)}, verbose={self.verbose!r})"
+            f"exclude={_shown(self.exclude)}, spare={self.spare!r}, verbose={self.verbose!r})"
+        )
+
+    def _masks_of(self, pl_module: "pl.LightningModule") -> MaskSet:
+        return masks_for(
+            pl_module, self._target, self.pattern, self.include or None, self.exclude or None, self.spare
         )
 
     def _in_training(self) -> MaskSet:
@@ -282,7 +293,7 @@ class IterativePruning(Callback):
     ) -> None:
         for other in trainer.callbacks:
             if isinstance(other, IterativePruning) and other is not self:
-                theirs = select_parameters(pl_module, other.include or None, other.exclude or None)
+                theirs = other._masks_of(pl_module).parameters
                 if shared := [name for name in mine if name in theirs]:
                     raise ValueError(
                         "A parameter must belong to one `IterativePruning`. Found two that own "

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -26,6 +27,11 @@ class Scores:
     def ranked(self, name: str) -> Tensor:
         """Return a tensor that is ordered as the scores of parameter ``name`` are."""
         return self.values[name] if self.power is None else self.values[name].abs()
+
+    def dense(self, name: str) -> Tensor:
+        """Return the scores of parameter ``name`` themselves, in at least float32, ready to be added up."""
+        values = self.values[name].to(torch.promote_types(self.values[name].dtype, torch.float32))
+        return values if self.power is None else values.abs() ** self.power
 
 
 class Criterion(ABC):

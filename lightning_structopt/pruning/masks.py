@@ -19,10 +19,17 @@ class MaskSet:
 
     Args:
         parameters: The parameters by name. They are referred to, never replaced.
+        biases: By the name of a parameter, the bias of its rows (its own name and itself): an entry is zeroed
+            with the whole of its row. Biases do not count.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        biases: Mapping[str, tuple[str, nn.Parameter]] | None = None,
+    ) -> None:
         self.parameters = dict(parameters)
+        self.biases = dict(biases or {})
         self.sharding = Sharding.of(self.parameters)
         self.total = sum(parameter.numel() for parameter in self.parameters.values())
         self.pruned = 0
@@ -30,6 +37,7 @@ class MaskSet:
         # parameter's own type multiplies three times faster than a bool, which matters at every step; on an
         # accelerator the bool is as fast and a quarter of the size.
         self._factors: dict[str, Tensor] = {}
+        self._bias_factors: dict[str, Tensor] = {}
 
     @property
     def sparsity(self) -> float:
@@ -60,8 +68,9 @@ class MaskSet:
             masks: A bool mask for every parameter, of the shape that this rank holds.
         """
         for name, weight in self.weights().items():
-            dtype = weight.dtype if weight.device.type == "cpu" else torch.bool
-            self._factors[name] = torch.empty_like(weight, dtype=dtype).copy_(masks[name])
+            self._factors[name] = _factor(masks[name], weight)
+        for name, (_, bias) in self.biases.items():
+            self._bias_factors[name] = _factor(masks[name].flatten(1).any(1), local(bias.detach()))
         kept = (int(mask.count_nonzero()) for name, mask in masks.items() if self.sharding.counts(name))
         self.pruned = self.total - self.sharding.total(kept)
         self.apply()
@@ -69,7 +78,9 @@ class MaskSet:
     def apply(self) -> None:
         """Zero the pruned weights."""
         if self._factors:
-            torch._foreach_mul_(list(self.weights().values()), list(self._factors.values()))
+            biases = [local(bias.detach()) for _, bias in self.biases.values()]
+            factors = [*self._factors.values(), *self._bias_factors.values()]
+            torch._foreach_mul_([*self.weights().values(), *biases], factors)
 
     @torch.no_grad()
     def apply_to_gradients(self, parameters: Iterable[nn.Parameter]) -> bool:
@@ -106,9 +117,13 @@ class MaskSet:
         copies = dict(module.named_parameters())
         for name, factor in self._factors.items():
             local(copies[name]).mul_(factor.to(copies[name].device))
+        for name, factor in self._bias_factors.items():
+            bias = copies[self.biases[name][0]]
+            local(bias).mul_(factor.to(bias.device))
 
     def _factor_of(self) -> dict[int, Tensor]:
-        return {id(self.parameters[name]): factor for name, factor in self._factors.items()}
+        weights = {id(self.parameters[name]): factor for name, factor in self._factors.items()}
+        return weights | {id(self.biases[name][1]): factor for name, factor in self._bias_factors.items()}
 
     def pack(self) -> dict[str, dict[str, Any]]:
         """Return the masks as plain data, one bit a weight; empty before the first pruning."""
@@ -153,6 +168,12 @@ class MaskSet:
                 digest.update(name.encode())
                 digest.update(_pack_bits(mask).tobytes())
         return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def _factor(mask: Tensor, like: Tensor) -> Tensor:
+    """Return ``mask`` as what ``like`` is multiplied by."""
+    dtype = like.dtype if like.device.type == "cpu" else torch.bool
+    return torch.empty_like(like, dtype=dtype).copy_(mask)
 
 
 def _pack_bits(mask: Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":

@@ -9,7 +9,7 @@ from lightning_structopt._checks import require_in, require_type
 from lightning_structopt.pruning.criteria import Criterion, Magnitude
 from lightning_structopt.pruning.masks import MaskSet
 from lightning_structopt.pruning.patterns import Pattern, Unstructured
-from lightning_structopt.pruning.selection import Pick, select_parameters
+from lightning_structopt.pruning.selection import Pick, Spare, row_biases, select_parameters
 
 
 def prune(
@@ -20,6 +20,7 @@ def prune(
     pattern: Pattern | None = None,
     include: Pick | Sequence[Pick] | None = None,
     exclude: Pick | Sequence[Pick] | None = None,
+    spare: Spare | None = None,
 ) -> dict[str, Tensor]:
     """Zero the least important weights of ``module`` in place.
 
@@ -34,6 +35,7 @@ def prune(
         include: Globs on parameter names or module types, as in
             :class:`~lightning_structopt.IterativePruning`.
         exclude: Likewise, what to leave out.
+        spare: ``"first"``, ``"last"`` or ``"both"``: the layer of the first or last chosen weight stays dense.
 
     Returns:
         The masks by parameter name: bool, of the parameter's shape, True where a weight is kept.
@@ -53,9 +55,23 @@ def prune(
     pattern = Unstructured() if pattern is None else pattern
     require_type("criterion", criterion, Criterion)
     require_type("pattern", pattern, Pattern)
-    masks = MaskSet(select_parameters(module, include, exclude))
+    masks = masks_for(module, sparsity, pattern, include, exclude, spare)
     advance(masks, sparsity, criterion, pattern)
     return masks.masks()
+
+
+def masks_for(
+    module: nn.Module,
+    sparsity: float,
+    pattern: Pattern,
+    include: Pick | Sequence[Pick] | None,
+    exclude: Pick | Sequence[Pick] | None,
+    spare: Spare | None,
+) -> MaskSet:
+    """Choose the weights of ``module`` to prune, check that ``pattern`` fits them, and set up their masks."""
+    weights = select_parameters(module, include, exclude, spare)
+    pattern.require(sparsity, weights)
+    return MaskSet(weights, row_biases(module, weights) if pattern.takes_bias else None)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Which weights go together, and how the sparsity is shared out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,21 +9,24 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_structopt._checks import require_choice
+from lightning_structopt._checks import require_choice, require_type, require_whole
 from lightning_structopt.pruning.criteria import Scores
-from lightning_structopt.pruning.sharding import Sharding
-from lightning_structopt.pruning.threshold import kth_smallest
+from lightning_structopt.pruning.distributions import Distribution, Uniform
+from lightning_structopt.pruning.lowest import Count, Masks, drop_lowest
+from lightning_structopt.pruning.sharding import WHOLE, Sharding
 
-Masks = dict[str, Tensor]
-_WHOLE = Sharding()
+Scope = Literal["global", "layer"]
 
 
 class Pattern(ABC):
     """A rule that turns scores into masks of a given sparsity."""
 
+    takes_bias: bool = False
+    """Whether the bias of a row goes with it."""
+
     @abstractmethod
     def choose(
-        self, scores: Scores, keep: Mapping[str, Tensor], sparsity: float, sharding: Sharding = _WHOLE
+        self, scores: Scores, keep: Mapping[str, Tensor], sparsity: float, sharding: Sharding = WHOLE
     ) -> Masks:
         """Choose what to keep.
 
@@ -39,6 +42,13 @@ class Pattern(ABC):
             The new masks, by parameter name.
         """
 
+    def require(self, sparsity: float, weights: Mapping[str, Tensor]) -> None:  # noqa: B027 (most need nothing)
+        """Raise before training if the pattern can't give ``weights`` this final ``sparsity``.
+
+        Raises:
+            ValueError: If it can't.
+        """
+
 
 @dataclass(frozen=True)
 class Unstructured(Pattern):
@@ -47,97 +57,237 @@ class Unstructured(Pattern):
     Args:
         scope: ``"global"`` compares the weights of all layers with each other: exactly
             ``round(sparsity * count)`` of them go, and layers end with different sparsity. ``"layer"`` prunes
-            each layer to the same sparsity, each exact to one weight.
+            within each layer, each exact to one weight.
+        distribution: How ``scope="layer"`` shares the sparsity among layers; by default all have the same.
+
+    Raises:
+        TypeError: If ``distribution`` is not a ``Distribution``.
+        ValueError: If ``scope`` is something else, or a ``distribution`` other than ``Uniform()`` comes with
+            ``scope="global"``, which shares by the scores.
+    """
+
+    scope: Scope = "global"
+    distribution: Distribution = Uniform()
+
+    def __post_init__(self) -> None:
+        require_choice("scope", self.scope, ("global", "layer"))
+        require_type("distribution", self.distribution, Distribution)
+        if self.scope == "global" and self.distribution != Uniform():
+            raise ValueError(
+                'A `distribution` shares sparsity among layers and needs `scope="layer"`. Found '
+                f"`scope = 'global'` with `distribution = {self.distribution!r}`."
+            )
+
+    @override
+    def choose(
+        self, scores: Scores, keep: Mapping[str, Tensor], sparsity: float, sharding: Sharding = WHOLE
+    ) -> Masks:
+        if self.scope == "global":
+            return drop_lowest(scores, keep, lambda total: round(sparsity * total), sharding)
+        shapes = {name: sharding.shapes.get(name, mask.shape) for name, mask in keep.items()}
+        shares = self.distribution.share(shapes, sparsity)
+        masks: Masks = {}
+        for name, mask in keep.items():
+            masks |= drop_lowest(scores, {name: mask}, _round_share(shares[name]), sharding)
+        return masks
+
+    @override
+    def require(self, sparsity: float, weights: Mapping[str, Tensor]) -> None:
+        if self.scope == "layer":
+            self.distribution.share({name: weight.shape for name, weight in weights.items()}, sparsity)
+
+
+@dataclass(frozen=True)
+class NByM(Pattern):
+    """At most ``n`` weights of every ``m`` consecutive inputs are kept, as 2:4 sparse hardware wants it.
+
+    The groups run along the second dimension: the inputs of linear layers and the input channels, at one
+    place of the kernel, of convolutions. The ramp turns whole groups, first those that lose least, so that
+    sparsity grows up to ``1 - n / m``, which is the only final sparsity there is.
+
+    Mishra et al., "Accelerating Sparse Deep Neural Networks" (2021).
+
+    Args:
+        n: Weights that are kept of each group, at least 1.
+        m: Size of a group, more than ``n``.
+
+    Raises:
+        TypeError: If ``n`` or ``m`` is not a whole number.
+        ValueError: If they are out of range.
+
+    Example:
+        >>> pattern = NByM(2, 4)
+        >>> weights = {"weight": torch.tensor([[4.0, -1.0, 2.0, 3.0]])}
+        >>> keep = {"weight": torch.ones(1, 4, dtype=torch.bool)}
+        >>> pattern.choose(Scores(weights, power=1), keep, 0.5)["weight"]
+        tensor([[ True, False, False,  True]])
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        require_whole("n", self.n, 1)
+        require_whole("m", self.m, self.n + 1)
+
+    @property
+    def _final(self) -> float:
+        return 1 - self.n / self.m
+
+    @override
+    def choose(
+        self, scores: Scores, keep: Mapping[str, Tensor], sparsity: float, sharding: Sharding = WHOLE
+    ) -> Masks:
+        grouped = {name: self._grouped(scores.dense(name)) for name in keep}
+        lowest = {name: g.argsort(dim=-1, stable=True)[..., : self.m - self.n] for name, g in grouped.items()}
+        loss = {name: g.gather(-1, lowest[name]).sum(-1) for name, g in grouped.items()}
+        untouched = {name: self._grouped(mask).all(-1) for name, mask in keep.items()}
+        left = drop_lowest(
+            Scores(loss), untouched, lambda groups: round(sparsity / self._final * groups), sharding
+        )
+        return {
+            name: keep[name] & self._kept(keep[name], lowest[name], untouched[name] & ~left[name])
+            for name in keep
+        }
+
+    @override
+    def require(self, sparsity: float, weights: Mapping[str, Tensor]) -> None:
+        if abs(sparsity - self._final) > 1e-9:
+            raise ValueError(
+                f"`{self!r}` ends at a sparsity of {self._final}. Found `sparsity = {sparsity}`."
+            )
+        for name, weight in weights.items():
+            if weight.shape[1] % self.m:
+                raise ValueError(
+                    f"`{self!r}` needs an input size divisible by {self.m}. Found `{name}` of shape "
+                    f"{tuple(weight.shape)}. Exclude that parameter or pad the layer."
+                )
+
+    def _grouped(self, tensor: Tensor) -> Tensor:
+        """Bring groups of ``m`` inputs into a last dimension of their own: (out, kernel, in / m, m)."""
+        columns = tensor.reshape(*tensor.shape[:2], -1).movedim(1, -1)
+        return columns.reshape(*columns.shape[:-1], -1, self.m)
+
+    def _kept(self, like: Tensor, lowest: Tensor, turned: Tensor) -> Tensor:
+        """Return a mask of the shape of ``like`` without the ``lowest`` of those groups that are ``turned``."""
+        kept = torch.ones_like(self._grouped(like)).scatter_(-1, lowest, False) | ~turned.unsqueeze(-1)
+        return kept.flatten(-2).movedim(-1, 1).reshape(like.shape)
+
+
+@dataclass(frozen=True)
+class Block(Pattern):
+    """Blocks of neighbouring weights go together.
+
+    A weight is cut into blocks as a matrix of outputs by inputs, where a convolution's inputs are its input
+    channels times the places of its kernel.
+
+    Args:
+        shape: Rows and columns of a block, each at least 1; they must divide every pruned weight.
+        scope: Whether blocks of all layers are compared (``"global"``) or those of each (``"layer"``).
+
+    Raises:
+        TypeError: If ``shape`` is not two whole numbers.
+        ValueError: If ``scope`` or ``shape`` is out of range.
+    """
+
+    shape: tuple[int, int]
+    scope: Scope = "global"
+
+    def __post_init__(self) -> None:
+        require_choice("scope", self.scope, ("global", "layer"))
+        rows_and_columns = tuple(self.shape)  # a YAML file gives a list
+        if len(rows_and_columns) != 2:
+            raise ValueError(f"`shape` must be rows and columns. Found `shape = {self.shape!r}`.")
+        for size in rows_and_columns:
+            require_whole("shape", size, 1)
+        object.__setattr__(self, "shape", rows_and_columns)
+
+    @override
+    def choose(
+        self, scores: Scores, keep: Mapping[str, Tensor], sparsity: float, sharding: Sharding = WHOLE
+    ) -> Masks:
+        units = Scores({name: self._blocks(scores.dense(name)).sum((1, 3)) for name in keep})
+        kept = {name: self._blocks(mask).any(3).any(1) for name, mask in keep.items()}
+        chosen = _drop_units(units, kept, sparsity, self.scope, sharding)
+        return {name: mask & self._spread(chosen[name]).view(mask.shape) for name, mask in keep.items()}
+
+    @override
+    def require(self, sparsity: float, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            matrix = weight.flatten(1).shape
+            if matrix[0] % self.shape[0] or matrix[1] % self.shape[1]:
+                raise ValueError(
+                    f"`{self!r}` must divide every weight. Found `{name}`, a matrix of shape {tuple(matrix)}. "
+                    "Exclude that parameter or take another block."
+                )
+
+    def _blocks(self, weight: Tensor) -> Tensor:
+        rows, columns = self.shape
+        matrix = weight.flatten(1)
+        return matrix.reshape(len(matrix) // rows, rows, -1, columns)
+
+    def _spread(self, blocks: Tensor) -> Tensor:
+        rows, columns = self.shape
+        return blocks.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+@dataclass(frozen=True)
+class Neurons(Pattern):
+    """Whole output rows go, with their bias: neurons of linear layers, filters of convolutions.
+
+    Sparsity counts neurons. Layers of different width compare by a neuron's mean score, and each keeps one.
+    Rows are masked, not removed: what follows a dead neuron (a norm's shift, the next layer's columns) is the
+    business of :mod:`lightning_structopt.shrinking`. Give ``spare="last"`` where the last layer's rows are
+    the outputs of the model.
+
+    Args:
+        scope: Whether neurons of all layers are compared (``"global"``) or those of each (``"layer"``).
 
     Raises:
         ValueError: If ``scope`` is something else.
     """
 
-    scope: Literal["global", "layer"] = "global"
+    scope: Scope = "layer"
+    takes_bias = True
 
     def __post_init__(self) -> None:
         require_choice("scope", self.scope, ("global", "layer"))
 
     @override
     def choose(
-        self, scores: Scores, keep: Mapping[str, Tensor], sparsity: float, sharding: Sharding = _WHOLE
+        self, scores: Scores, keep: Mapping[str, Tensor], sparsity: float, sharding: Sharding = WHOLE
     ) -> Masks:
-        groups = [list(keep)] if self.scope == "global" else [[name] for name in keep]
-        masks: Masks = {}
-        for names in groups:
-            group = {name: keep[name] for name in names}
-            masks |= drop_lowest(scores, group, lambda total: round(sparsity * total), sharding)
-        return masks
+        units = Scores({name: _raise_best(scores.dense(name).flatten(1).mean(1)) for name in keep})
+        kept = {name: mask.flatten(1).any(1) for name, mask in keep.items()}
+        chosen = _drop_units(
+            units, kept, sparsity, self.scope, sharding, protected=lambda rows: min(len(rows), 1)
+        )
+        return {name: mask & chosen[name].view(-1, *[1] * (mask.ndim - 1)) for name, mask in keep.items()}
 
 
-def drop_lowest(
-    scores: Scores, keep: Mapping[str, Tensor], count_of: Callable[[int], int], sharding: Sharding = _WHOLE
-) -> Masks:
-    """Prune the weights with the lowest scores, ties in order of index.
-
-    Args:
-        scores: Importance of every weight.
-        keep: The masks so far; what is pruned counts and comes first.
-        count_of: From the number of all weights to the number of those that are pruned afterwards.
-        sharding: How the weights are spread over ranks.
-
-    Returns:
-        The new masks; ``keep`` itself where enough is pruned already.
-    """
-    counted = {name: mask for name, mask in keep.items() if sharding.counts(name)}
-    total = sharding.total(mask.numel() for mask in counted.values())
-    kept = sharding.total(_kept(counted))
-    count = count_of(total)
-    if count <= total - kept:
-        return dict(keep)
-    ranked = _pruned_first(scores, keep)
-    values = [ranked.values[name] if name in counted else ranked.values[name][:0] for name in keep]
-    threshold = kth_smallest(values, count, absolute=ranked.power is not None, group=sharding.group)
-    above = {name: _compare(torch.gt, ranked, name, threshold) & mask for name, mask in keep.items()}
-    gone = total - sharding.total(_kept({name: above[name] for name in counted}))
-    return _revive_ties(ranked, keep, above, threshold, gone - count, sharding)
+def _raise_best(rows: Tensor) -> Tensor:
+    """Rank the best neuron of a layer (of the part that this rank has) above those of all layers."""
+    if len(rows):
+        rows[rows.argmax()] = torch.inf
+    return rows
 
 
-def _pruned_first(scores: Scores, keep: Mapping[str, Tensor]) -> Scores:
-    """Let nothing rank below what is pruned already; magnitudes do so by themselves, as those are zero."""
-    if scores.power is not None:
-        return scores
-    return Scores({name: scores.values[name].masked_fill(~mask, -torch.inf) for name, mask in keep.items()})
-
-
-def _compare(
-    relation: Callable[[Tensor, Tensor], Tensor], scores: Scores, name: str, threshold: Tensor
-) -> Tensor:
-    # Among mixed precisions the threshold has the widest, to which torch would not promote for a single value.
-    return relation(scores.ranked(name).to(threshold.dtype), threshold.to(scores.values[name].device))
-
-
-def _revive_ties(
+def _drop_units(
     scores: Scores,
     keep: Mapping[str, Tensor],
-    masks: Masks,
-    threshold: Tensor,
-    spare: int,
+    sparsity: float,
+    scope: Scope,
     sharding: Sharding,
+    protected: Callable[[Tensor], int] = lambda units: 0,
 ) -> Masks:
-    """Take back the last ``spare`` weights that tie with the threshold, in order of name, rank and index."""
-    masks = {name: mask.contiguous() for name, mask in masks.items()}
-    if spare == 0:
-        return masks
-    ties = {
-        name: (mask & _compare(torch.eq, scores, name, threshold)).flatten().nonzero().squeeze(1)
-        for name, mask in keep.items()
-    }
-    everywhere = sharding.gather([len(found) for found in ties.values()])
-    for index, name in reversed(list(enumerate(keep))):
-        ranks = range(len(everywhere)) if name in sharding.sharded else [sharding.rank]
-        for rank in reversed(ranks):
-            revived = min(spare, everywhere[rank][index])
-            spare -= revived
-            if rank == sharding.rank and revived:
-                masks[name].view(-1)[ties[name][-revived:]] = True
+    """Prune groups of weights that have one score each; ``protected`` of every layer's may not go."""
+    layers = [dict(keep)] if scope == "global" else [{name: mask} for name, mask in keep.items()]
+    masks: Masks = {}
+    for layer in layers:
+        safe = sharding.total(protected(keep[name]) for name in layer if sharding.counts(name))
+        masks |= drop_lowest(scores, layer, _round_share(sparsity, safe), sharding)
     return masks
 
 
-def _kept(masks: Mapping[str, Tensor]) -> Iterator[int]:
-    return (int(mask.count_nonzero()) for mask in masks.values())
+def _round_share(share: float, safe: int = 0) -> Count:
+    return lambda total: min(round(share * total), total - safe)

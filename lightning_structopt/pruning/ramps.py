@@ -60,8 +60,8 @@ class CubicRamp(Ramp):
     Zhu and Gupta, "To prune, or not to prune" (2017), with an initial sparsity of zero.
 
     Example:
-        >>> CubicRamp()(0.5, target=0.8)
-        0.7
+        >>> CubicRamp()(0.5, target=0.5)
+        0.4375
     """
 
     @override

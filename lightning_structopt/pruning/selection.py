@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 Pick = type[nn.Module] | str  # the type first, as a YAML file can name one only by a string
+Spare = Literal["first", "last", "both"]
 
 _WEIGHT_OWNERS = (
     nn.Linear,
@@ -50,6 +52,19 @@ class _Owner:
         return isinstance(self.module, pick)
 
 
+def row_biases(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, nn.Parameter]]:
+    """Return, by the name of a weight, the name and the bias that belong to its rows, where there is one."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    biases = {}
+    for name, weight in weights.items():
+        prefix, _, leaf = name.rpartition(".")
+        bias_name = f"{prefix}.{leaf.replace('weight', 'bias')}".removeprefix(".")
+        bias = parameters.get(bias_name)
+        if bias is not None and bias.shape == weight.shape[:1]:
+            biases[name] = bias_name, bias
+    return biases
+
+
 def as_picks(name: str, picks: Pick | Sequence[Pick] | None) -> tuple[Pick, ...]:
     """Check ``include`` or ``exclude`` and return it as a tuple.
 
@@ -71,6 +86,7 @@ def select_parameters(
     module: nn.Module,
     include: Pick | Sequence[Pick] | None = None,
     exclude: Pick | Sequence[Pick] | None = None,
+    spare: Spare | None = None,
 ) -> dict[str, nn.Parameter]:
     """Pick the parameters to prune, by name.
 
@@ -83,6 +99,7 @@ def select_parameters(
         include: Narrows the choice by globs such as ``"encoder.*"``. An exact name or a module type asks for
             those parameters whatever their kind, for instance ``torch.nn.Embedding``.
         exclude: Takes parameters out again, by globs or by module types.
+        spare: Leaves out the ``"first"`` layer, the ``"last"`` one or ``"both"``, in the order of parameters.
 
     Returns:
         The chosen parameters in the order of ``module.named_parameters()``.
@@ -103,6 +120,7 @@ def select_parameters(
             chosen -= _matching("exclude", pick, owners, lambda name: True)
         computed = remaining
     _refuse_computed_weights(computed)
+    chosen -= _ends([name for name in parameters if name in chosen], spare)
     if not chosen:
         raise ValueError(
             "There must be at least one weight to prune. Found none in "
@@ -113,6 +131,13 @@ def select_parameters(
     for name, parameter in selected.items():
         _require_prunable(name, parameter)
     return selected
+
+
+def _ends(names: Sequence[str], spare: Spare | None) -> set[str]:
+    """Return the parameters of the first layer, the last one or both; a layer may have several."""
+    layers = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    spared = {"first": layers[:1], "last": layers[-1:], "both": [*layers[:1], *layers[-1:]]}
+    return {name for name in names if spare and name.rpartition(".")[0] in spared[spare]}
 
 
 def _find_owners(module: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, list[_Owner]]:

@@ -1,7 +1,7 @@
 """Counting weights that are spread over ranks, as under FSDP2."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -41,10 +41,12 @@ class Sharding:
         mesh: The ranks that share the parameters; None in a single process and where every rank holds all.
         sharded: Names of the parameters of which each rank holds a part. The others are the same everywhere
             and are counted by the first rank alone.
+        shapes: Shapes of the whole parameters by name; those that are missing are as this rank has them.
     """
 
     mesh: DeviceMesh | None = None
     sharded: frozenset[str] = frozenset()
+    shapes: Mapping[str, torch.Size] = field(default_factory=dict)
 
     @classmethod
     def of(cls, parameters: Mapping[str, Tensor]) -> "Sharding":
@@ -64,7 +66,8 @@ class Sharding:
                 "Pruned parameters must be sharded over one device mesh of one dimension. Found "
                 f"{', '.join(map(str, meshes))}. Use FSDP2 without tensor parallelism (`tensor_parallel_size=1`)."
             )
-        return cls(meshes[0] if meshes else None, frozenset(sharded))
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        return cls(meshes[0] if meshes else None, frozenset(sharded), shapes)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -97,3 +100,6 @@ class Sharding:
     def rank(self) -> int:
         """This process's place among the ranks."""
         return 0 if self.mesh is None else self.mesh.get_local_rank()
+
+
+WHOLE = Sharding()

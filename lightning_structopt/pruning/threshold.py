@@ -13,11 +13,11 @@ bytes are several times faster than torch's; its calls release the GIL, so large
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def kth_smallest(
     )
     (total,) = scores.over_ranks(scores.size)
     if k > total:
-        raise ValueError(f"`k` must be in [1, {total}], as there are {total} scores. Found `k = {k}`.")
+        raise ValueError(f"`k` must be at most the number of scores, {total}. Found `k = {k}`.")
     return (_search(scores, k, total) + 0.0).to(scores.device, dtype)  # -0.0 + 0.0 is 0.0
 
 
@@ -88,7 +88,7 @@ def _check(tensors: Sequence[Tensor]) -> None:
     if len(tensors) == 0:
         raise ValueError("`tensors` must hold at least one tensor. Found none. Check what selects them.")
     for i, t in enumerate(tensors):
-        if not isinstance(t, Tensor) or hasattr(t, "to_local"):
+        if not isinstance(t, Tensor) or hasattr(t, "to_local") or t.layout != torch.strided:
             found = f"Found a `{type(t).__name__}` at index {i}."
             raise TypeError(
                 f"`tensors` must be plain tensors. {found} Of a DTensor, pass `to_local()` and `group`."
@@ -109,11 +109,10 @@ def _search(scores: _Scores, k: int, total: int) -> Tensor:
     first, last = (low.nextafter(high), high.nextafter(low)) if low < high else (low, high)
     for _ in range(2):
         tally = scores.tally(float(first), float(last))
-        kept = sum(map(len, tally.values))
-        below, inside, nans, kept = scores.over_ranks(tally.below, tally.inside, tally.nans, kept)
+        below, inside, nans, kept = scores.over_ranks(*tally[:3], len(tally.values))
         if nans:
             raise ValueError(
-                f"Scores must not be NaN. Found {nans} among {total}. Check that the loss is finite."
+                f"Scores must not be NaN. Found {nans} of {total}. Check that the loss is finite."
             )
         if below < k <= below + inside:
             if first == last:
@@ -141,7 +140,7 @@ class _Tally(NamedTuple):
     below: int
     inside: int
     nans: int
-    values: list[Tensor]  # those inside, unless there are too many to keep
+    values: Tensor  # those inside, unless there are too many to keep
 
 
 @dataclass(frozen=True)
@@ -171,10 +170,9 @@ class _Scores:
             torch.distributed.all_reduce(counts, group=self.group)
         return counts.cpu()
 
-    def only(self, values: Sequence[Tensor]) -> _Scores:
+    def only(self, values: Tensor) -> _Scores:
         """Return scores that consist of ``values``, loaded from these."""
-        joined = torch.cat([torch.empty(0, dtype=self.dtype, device=self.device), *values])
-        return _Scores([joined], self.dtype, False, self.group)
+        return _Scores([values], self.dtype, False, self.group)
 
     def sample(self, total: int) -> _Scores:
         """Return evenly spread scores, about ``2 * total ** (2 / 3)`` over all ranks.
@@ -186,7 +184,7 @@ class _Scores:
         for block in self._blocks(4):
             parts.append(block.reshape(-1)[-seen % stride :: stride].to(self.device, self.dtype))
             seen += block.numel()
-        return self.only([self._load(torch.cat(parts))])
+        return self.only(self._load(torch.cat(parts)))
 
     def select(self, k: int) -> Tensor:
         """Return the k-th smallest, digit by digit, each from a histogram over all scores."""
@@ -217,19 +215,18 @@ class _Scores:
         uses_numpy = all(t.device.type == "cpu" and t.dtype == self.dtype for t in self.tensors)
         workers = min(torch.get_num_threads(), self.size // 2**23 + 1) if uses_numpy else 1
         work = partial(self._tally, low=low, high=high, room=room // workers)
-        if workers == 1:
-            return work(blocks)
+        shares = [blocks[i::workers] for i in range(workers)]
         with ThreadPoolExecutor(workers) as pool:  # for this pass alone: a later fork finds no thread
-            tallies = list(pool.map(work, [blocks[i::workers] for i in range(workers)]))
+            tallies = list(pool.map(work, shares) if workers > 1 else map(work, shares))
         below, inside, nans = (sum(counts) for counts in zip(*(tally[:3] for tally in tallies), strict=True))
-        return _Tally(below, inside, nans, [values for tally in tallies for values in tally.values])
+        return _Tally(below, inside, nans, torch.cat([tally.values for tally in tallies]))
 
     def _tally(self, blocks: Sequence[Tensor], low: float, high: float, room: int) -> _Tally:
-        library, native = (np, Tensor.numpy) if self.device.type == "cpu" else (torch, Tensor.detach)
-        below, inside, nans, kept = 0, 0, 0, []
+        library, native = _library(self.device)
         size = max((block.numel() for block in blocks), default=0)
         buffer = native(torch.empty(size, dtype=self.dtype, device=self.device))
         masks = native(torch.empty(2, size, dtype=torch.bool, device=self.device))
+        below, inside, nans, kept = 0, 0, 0, [buffer[:0]]
         for block in blocks:
             slot = buffer[: block.numel()].reshape(block.shape)
             under, over = (mask[: block.numel()].reshape(block.shape) for mask in masks)
@@ -244,8 +241,8 @@ class _Scores:
             nans += library.count_nonzero(library.isnan(values))
             inside += len(values)
             if inside <= room:
-                kept.append(torch.as_tensor(values))
-        return _Tally(int(below), inside, int(nans), kept)
+                kept.append(values)
+        return _Tally(int(below), inside, int(nans), torch.as_tensor(library.concatenate(kept)))
 
     def _load(self, block: Tensor) -> Tensor:
         """Return what ``block`` ranks by."""
@@ -271,6 +268,11 @@ def _cut(tensor: Tensor, size: int) -> Iterator[Tensor]:
         step = max(1, size // tensor[0].numel())
         for start in range(0, len(tensor), step):
             yield from _cut(tensor[start : start + step], size)
+
+
+def _library(device: torch.device) -> tuple[Any, Callable[[Tensor], Any]]:
+    """Return the library that compares fastest on ``device``, and what turns tensors into its arrays."""
+    return (np, Tensor.numpy) if device.type == "cpu" else (torch, Tensor.detach)
 
 
 def _swap_order(bits: Tensor) -> Tensor:

@@ -24,7 +24,13 @@ VALUES = [
     so.GeometricRamp(),
     so.OneCycleRamp(steepness=12.0),
     so.Magnitude(p=2),
-    so.Unstructured(scope="layer"),
+    so.Unstructured(scope="layer", distribution=so.ErdosRenyi(kernel=False)),
+    so.NByM(2, 4),
+    so.Block((4, 2), scope="layer"),
+    so.Neurons(scope="global"),
+    so.Uniform(),
+    so.ErdosRenyi(),
+    so.PerLayer({"net.0.weight": 0.5}),
 ]
 every_value = pytest.mark.parametrize("value", VALUES, ids=repr)
 

@@ -18,10 +18,13 @@ from support import Classifier, ManualClassifier, adamw, assert_same_state, load
 from torch import nn
 
 from lightning_structopt.pruning import (
+    Block,
     CubicRamp,
     GeometricRamp,
     IterativePruning,
     LinearRamp,
+    NByM,
+    Neurons,
     OneCycleRamp,
     OneShotRamp,
     Ramp,
@@ -217,6 +220,32 @@ def test_layer_scope(tmp_path: Path) -> None:
     fit(tmp_path, module, quiet(0.7, pattern=Unstructured("layer")))
     assert zeros(module, ["net.0.weight"]) == round(0.7 * 192)
     assert zeros(module, ["net.3.weight"]) == round(0.7 * 64)
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+def test_neurons_with_their_biases(tmp_path: Path, optimizer: Any) -> None:
+    module, averaging = Classifier(optimizer), EMAWeightAveraging(decay=0.9)
+    fit(tmp_path, module, quiet(0.5, pattern=Neurons(), spare="last"), averaging)
+    dead = (module.net[0].weight == 0).all(1)
+    assert int(dead.sum()) == 8
+    assert torch.equal(module.net[0].bias == 0, dead)
+    assert not (module.net[3].weight == 0).any()
+
+
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+def test_n_by_m(tmp_path: Path, optimizer: Any) -> None:
+    module = Classifier(optimizer)
+    fit(tmp_path, module, quiet(0.5, pattern=NByM(2, 4)))
+    for layer in (module.net[0], module.net[3]):
+        assert ((layer.weight != 0).view(len(layer.weight), -1, 4).sum(-1) == 2).all()
+
+
+def test_blocks(tmp_path: Path) -> None:
+    module = Classifier()
+    fit(tmp_path, module, quiet(0.75, pattern=Block((4, 4))))
+    blocks = (module.net[0].weight != 0).view(4, 4, 3, 4).sum((1, 3))
+    assert ((blocks == 0) | (blocks == 16)).all()
+    assert zeros(module) == 0.75 * WEIGHTS
 
 
 def test_constant_weights(tmp_path: Path) -> None:

@@ -54,6 +54,17 @@ def test_include_and_exclude(include, exclude, expected) -> None:
     assert set(select_parameters(Everything(), include, exclude)) == expected
 
 
+def test_spare_leaves_out_the_ends() -> None:
+    module = nn.Sequential(nn.LSTM(3, 3), nn.Linear(3, 3), nn.MultiheadAttention(4, 2))
+    names = {
+        "first": ["1.weight", "2.in_proj_weight", "2.out_proj.weight"],
+        "last": ["0.weight_ih_l0", "0.weight_hh_l0", "1.weight", "2.in_proj_weight"],
+        "both": ["1.weight", "2.in_proj_weight"],
+    }
+    for spare, expected in names.items():
+        assert list(select_parameters(module, spare=spare)) == expected
+
+
 def test_order_is_that_of_named_parameters() -> None:
     module = Everything()
     assert list(select_parameters(module)) == [n for n, _ in module.named_parameters() if n in DEFAULT]
