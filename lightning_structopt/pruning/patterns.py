@@ -1,7 +1,8 @@
 """Which weights go together, and how the sparsity is shared out."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -257,17 +258,18 @@ class Neurons(Pattern):
     def choose(
         self, scores: Scores, keep: Mapping[str, Tensor], sparsity: float, sharding: Sharding = WHOLE
     ) -> Masks:
-        units = Scores({name: _raise_best(scores.dense(name).flatten(1).mean(1)) for name in keep})
+        units = Scores({
+            name: _raise_best(name, scores.dense(name).flatten(1).mean(1), sharding) for name in keep
+        })
         kept = {name: mask.flatten(1).any(1) for name, mask in keep.items()}
-        chosen = _drop_units(
-            units, kept, sparsity, self.scope, sharding, protected=lambda rows: min(len(rows), 1)
-        )
+        chosen = _drop_units(units, kept, sparsity, self.scope, sharding, protected=1)
         return {name: mask & chosen[name].view(-1, *[1] * (mask.ndim - 1)) for name, mask in keep.items()}
 
 
-def _raise_best(rows: Tensor) -> Tensor:
-    """Rank the best neuron of a layer (of the part that this rank has) above those of all layers."""
-    if len(rows):
+def _raise_best(name: str, rows: Tensor, sharding: Sharding) -> Tensor:
+    """Rank the best neuron of a layer above those of all layers."""
+    best = float(rows.max()) if len(rows) else -math.inf
+    if sharding.leads(name, best) and len(rows):
         rows[rows.argmax()] = torch.inf
     return rows
 
@@ -278,14 +280,13 @@ def _drop_units(
     sparsity: float,
     scope: Scope,
     sharding: Sharding,
-    protected: Callable[[Tensor], int] = lambda units: 0,
+    protected: int = 0,
 ) -> Masks:
     """Prune groups of weights that have one score each; ``protected`` of every layer's may not go."""
     layers = [dict(keep)] if scope == "global" else [{name: mask} for name, mask in keep.items()]
     masks: Masks = {}
     for layer in layers:
-        safe = sharding.total(protected(keep[name]) for name in layer if sharding.counts(name))
-        masks |= drop_lowest(scores, layer, _round_share(sparsity, safe), sharding)
+        masks |= drop_lowest(scores, layer, _round_share(sparsity, protected * len(layer)), sharding)
     return masks
 
 

@@ -96,6 +96,15 @@ class Sharding:
         dist.all_gather(everyone, mine, group=self.group)
         return [numbers.tolist() for numbers in everyone]
 
+    def leads(self, name: str, value: float) -> bool:
+        """Whether this rank's ``value`` for parameter ``name`` is the largest; of equal ones the first is."""
+        if self.mesh is None or name not in self.sharded:
+            return True
+        mine = torch.tensor([value], dtype=torch.float64, device=self.mesh.device_type)
+        everyone = [torch.empty_like(mine) for _ in range(self.mesh.size())]
+        dist.all_gather(everyone, mine, group=self.group)
+        return int(torch.cat(everyone).argmax()) == self.rank
+
     @property
     def rank(self) -> int:
         """This process's place among the ranks."""

@@ -27,7 +27,7 @@ from lightning_structopt._checks import require_whole
 
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _KEYS = {torch.float32: torch.int32, torch.float64: torch.int64}  # integers that hold the bits of a score
-_BLOCK = 2**17  # float32 scores and two masks, 768 KiB, stay in a core's L2 cache
+_BLOCK = 2**16  # float32 scores and two masks, 384 KiB, stay in a core's L2 cache
 _DIGIT = 11  # bits per histogram: 2048 counters stay in the L1 cache and are cheap to all-reduce
 _MARGIN = 4.0  # standard deviations around the sample's guess; a miss, 1 in 10^4, only costs time
 
@@ -109,7 +109,7 @@ def _search(scores: _Scores, k: int, total: int) -> Tensor:
     first, last = (low.nextafter(high), high.nextafter(low)) if low < high else (low, high)
     for _ in range(2):
         tally = scores.tally(float(first), float(last))
-        below, inside, nans, kept = scores.over_ranks(*tally[:3], len(tally.values))
+        below, inside, nans, kept = scores.over_ranks(*tally[:3], sum(map(len, tally.values)))
         if nans:
             raise ValueError(
                 f"Scores must not be NaN. Found {nans} of {total}. Check that the loss is finite."
@@ -140,7 +140,7 @@ class _Tally(NamedTuple):
     below: int
     inside: int
     nans: int
-    values: Tensor  # those inside, unless there are too many to keep
+    values: list[Tensor]  # those inside, unless there are too many to keep
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ class _Scores:
     dtype: torch.dtype
     absolute: bool
     group: torch.distributed.ProcessGroup | None
+    scratch: bool = False  # whether there is one tensor, ours to reorder
 
     @property
     def size(self) -> int:
@@ -170,9 +171,9 @@ class _Scores:
             torch.distributed.all_reduce(counts, group=self.group)
         return counts.cpu()
 
-    def only(self, values: Tensor) -> _Scores:
-        """Return scores that consist of ``values``, loaded from these."""
-        return _Scores([values], self.dtype, False, self.group)
+    def only(self, values: Sequence[Tensor]) -> _Scores:
+        """Return scores that consist of ``values``, taken from these and loaded."""
+        return _Scores([torch.cat(values)], self.dtype, False, self.group, scratch=True)
 
     def sample(self, total: int) -> _Scores:
         """Return evenly spread scores, about ``2 * total ** (2 / 3)`` over all ranks.
@@ -181,16 +182,17 @@ class _Scores:
         """
         stride = round(total ** (1 / 3) / 2) | 1  # odd, not to meet the same few columns of a matrix
         parts, seen = [], 0
-        for block in self._blocks(4):
-            parts.append(block.reshape(-1)[-seen % stride :: stride].to(self.device, self.dtype))
+        for block in self._blocks(8):
+            parts.append(self._load(block.reshape(-1)[-seen % stride :: stride]))
             seen += block.numel()
-        return self.only(self._load(torch.cat(parts)))
+        return self.only(parts)
 
     def select(self, k: int) -> Tensor:
         """Return the k-th smallest, digit by digit, each from a histogram over all scores."""
-        if self.group is None and len(self.tensors) == 1 and self.size <= 2**22:
-            values = self._load(self.tensors[0]).flatten().cpu().numpy()  # few: faster this way
-            return torch.tensor(np.partition(values, k - 1)[k - 1], dtype=self.dtype)
+        if self.scratch and self.group is None:
+            values = self.tensors[0].cpu().numpy()
+            values.partition(k - 1)  # faster for a few
+            return torch.tensor(values[k - 1], dtype=self.dtype)
         key = torch.iinfo(_KEYS[self.dtype]).min
         for shift in reversed(range(0, torch.finfo(self.dtype).bits, _DIGIT)):
             ranks = self._all_reduce(self._histogram(key, shift)).cumsum(0)
@@ -219,7 +221,7 @@ class _Scores:
         with ThreadPoolExecutor(workers) as pool:  # for this pass alone: a later fork finds no thread
             tallies = list(pool.map(work, shares) if workers > 1 else map(work, shares))
         below, inside, nans = (sum(counts) for counts in zip(*(tally[:3] for tally in tallies), strict=True))
-        return _Tally(below, inside, nans, torch.cat([tally.values for tally in tallies]))
+        return _Tally(below, inside, nans, [values for tally in tallies for values in tally.values])
 
     def _tally(self, blocks: Sequence[Tensor], low: float, high: float, room: int) -> _Tally:
         library, native = _library(self.device)
@@ -242,7 +244,7 @@ class _Scores:
             inside += len(values)
             if inside <= room:
                 kept.append(values)
-        return _Tally(int(below), inside, int(nans), torch.as_tensor(library.concatenate(kept)))
+        return _Tally(int(below), inside, int(nans), list(map(torch.as_tensor, kept)))
 
     def _load(self, block: Tensor) -> Tensor:
         """Return what ``block`` ranks by."""
