@@ -51,6 +51,15 @@ def steps_taken(trainer: Any) -> int:
     return int(trainer.fit_loop.total_batch_idx)
 
 
+def training_position(trainer: Any) -> Horizon:
+    """Return how far training has come at the start of a batch, in the units of its :class:`Horizon`.
+
+    Args:
+        trainer: A ``lightning.pytorch.Trainer`` in ``on_train_batch_start``.
+    """
+    return Horizon(trainer.current_epoch, steps_taken(trainer))
+
+
 def _counts_own_steps(trainer: Any) -> bool:
     """Tell whether a manually optimized module is stopped by ``max_steps``, which sums all its optimizers."""
     return not trainer.lightning_module.automatic_optimization and trainer.max_steps != -1

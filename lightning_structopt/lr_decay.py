@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_lightning, require_type, require_whole
-from lightning_structopt._horizon import training_horizon
+from lightning_structopt._horizon import Horizon, training_horizon
 from lightning_structopt._release import release
+from lightning_structopt.pruning.callback import IterativePruning
 from lightning_structopt.schedules import Schedule
 
 
@@ -100,7 +101,7 @@ class LRDecay(Callback):
         self._length = self._horizon_of(trainer)
         for scheduler in self._in_charge(trainer):
             # Saved at the end of an epoch, it may be in the next one already when the trainer is not.
-            epochs = max(scheduler.last_epoch, trainer.current_epoch)
+            epochs = max(scheduler.last_epoch + self._behind(trainer).epochs, trainer.current_epoch)
             _move(scheduler, self._position(trainer, scheduler, epochs))
             if self.interval == "step" and not pl_module.automatic_optimization:
                 self._hooks.append(self._step_after(scheduler.optimizer, scheduler, trainer))
@@ -118,6 +119,10 @@ class LRDecay(Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._follow(trainer, epochs=trainer.current_epoch + trainer.is_last_batch)
+
+    def on_rewind(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Go back with :class:`~lightning_structopt.IterativePruning`, which calls this after it did."""
+        self._follow(trainer, epochs=trainer.current_epoch)
 
     @override
     def on_exception(
@@ -149,12 +154,17 @@ class LRDecay(Callback):
         owners = [config.scheduler for config in trainer.lr_scheduler_configs]
         return [scheduler for scheduler in self._schedulers if scheduler in owners]
 
-    def _position(self, trainer: "pl.Trainer", scheduler: LambdaLR, epochs: int) -> int:
+    def _position(self, trainer: "pl.Trainer", scheduler: LambdaLR, epochs: float) -> int:
         if self.interval == "epoch":
-            return epochs
+            return int(epochs - self._behind(trainer).epochs)
         if trainer.lightning_module.automatic_optimization:
-            return trainer.global_step
+            return int(trainer.global_step - self._behind(trainer).steps)
         return scheduler.last_epoch  # moved by its optimizer alone
+
+    def _behind(self, trainer: "pl.Trainer") -> Horizon:
+        """Return how far the schedule is behind training because pruning went back in time."""
+        rounds = _rounds(trainer)
+        return rounds.gone_back if rounds else Horizon(0, 0)
 
     def _follow(self, trainer: "pl.Trainer", epochs: int) -> None:
         for scheduler in self._in_charge(trainer):
@@ -177,7 +187,8 @@ class LRDecay(Callback):
     def _horizon_of(self, trainer: "pl.Trainer") -> float:
         if self.horizon is not None:
             return self.horizon
-        horizon = training_horizon(trainer)
+        rounds = _rounds(trainer)
+        horizon = rounds.round_horizon(trainer) if rounds else training_horizon(trainer)
         length = horizon.epochs if self.interval == "epoch" else horizon.steps
         if self._needs_length() and math.isinf(length):
             other = "step" if self.interval == "epoch" else "epoch"
@@ -189,6 +200,12 @@ class LRDecay(Callback):
         return length
 
     def _require_countable(self, trainer: "pl.Trainer") -> None:
+        by_hand = self.interval == "step" and not trainer.lightning_module.automatic_optimization
+        if by_hand and _rounds(trainer):
+            raise ValueError(
+                "Under manual optimization only epochs can be rewound, as each optimizer counts its own steps. Found "
+                '`LRDecay` with `interval="step"` and a rewinding `IterativePruning`. Give `interval="epoch"`.'
+            )
         if not self._needs_length():
             return
         if trainer.max_epochs == -1 and trainer.max_steps == -1:
@@ -220,6 +237,12 @@ def _move(scheduler: LambdaLR, t: int) -> None:
     with warnings.catch_warnings():  # torch takes a step before the first one of the optimizer for a mistake
         warnings.simplefilter("ignore", UserWarning)
         scheduler.step()
+
+
+def _rounds(trainer: Any) -> IterativePruning | None:
+    """Return the callback that trains in rounds, each of which restarts the schedule, if there is one."""
+    pruning = [c for c in trainer.callbacks if isinstance(c, IterativePruning) and c.rewind is not None]
+    return pruning[0] if pruning else None
 
 
 def _averages_weights(trainer: Any) -> bool:

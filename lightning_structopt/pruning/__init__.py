@@ -13,6 +13,7 @@ from lightning_structopt.pruning.ramps import (
     OneShotRamp,
     Ramp,
 )
+from lightning_structopt.pruning.rewinding import Rewind, RewindLR, RewindWeights
 from lightning_structopt.pruning.threshold import kth_smallest
 
 __all__ = [
@@ -32,6 +33,9 @@ __all__ = [
     "Pattern",
     "PerLayer",
     "Ramp",
+    "Rewind",
+    "RewindLR",
+    "RewindWeights",
     "Scores",
     "Uniform",
     "Unstructured",

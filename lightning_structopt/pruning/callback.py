@@ -14,23 +14,25 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_in, require_lightning, require_type
-from lightning_structopt._horizon import steps_taken, training_horizon
+from lightning_structopt._horizon import Horizon, steps_taken, training_horizon, training_position
 from lightning_structopt._release import release
 from lightning_structopt.pruning.criteria import Criterion, Magnitude
-from lightning_structopt.pruning.guard import ZeroGuard
 from lightning_structopt.pruning.host import (
     averaged_modules,
     require_end,
     require_optimizers_keep_zeros,
+    require_rewindable,
     require_same_on_all_ranks,
     require_strategy_keeps_parameters,
 )
 from lightning_structopt.pruning.masks import MaskSet, unpack_bits
-from lightning_structopt.pruning.one_shot import advance, masks_for
+from lightning_structopt.pruning.one_shot import masks_for
 from lightning_structopt.pruning.patterns import Pattern, Unstructured
 from lightning_structopt.pruning.ramps import CubicRamp, Ramp
 from lightning_structopt.pruning.report import sparsity_table
-from lightning_structopt.pruning.selection import Pick, Spare, as_picks
+from lightning_structopt.pruning.rewinding import Rewind
+from lightning_structopt.pruning.run import PruningRun
+from lightning_structopt.pruning.selection import Pick, Spare, as_picks, code_of
 from lightning_structopt.pruning.window import RampSteps, Window
 
 
@@ -57,6 +59,9 @@ class IterativePruning(Callback):
         interval: Whether the ramp takes its steps every ``every`` epochs or optimizer steps. Under manual
             optimization a step is a training batch (with ``max_steps``: an optimizer step).
         every: Epochs or optimizer steps between two steps of the ramp, at least 1.
+        rewind: What goes back to an early moment after each step of the ramp, so that training between two
+            steps is a round of its own: :class:`~lightning_structopt.RewindWeights` (lottery tickets) or
+            :class:`~lightning_structopt.RewindLR`.
         include: Which parameters to prune: globs on their names or module types. By default all weights of
             two or more dimensions of linear, convolutional, attention and recurrent layers. Globs with
             wildcards narrow that choice; an exact name or a module type (``torch.nn.Embedding``) also adds.
@@ -88,6 +93,7 @@ class IterativePruning(Callback):
         end: float = 0.75,
         interval: Literal["epoch", "step"] = "epoch",
         every: int = 1,
+        rewind: Rewind | None = None,
         include: Pick | Sequence[Pick] | None = None,
         exclude: Pick | Sequence[Pick] | None = None,
         spare: Spare | None = None,
@@ -103,7 +109,15 @@ class IterativePruning(Callback):
         require_type("criterion", self.criterion, Criterion)
         require_type("pattern", self.pattern, Pattern)
         require_type("ramp", self.ramp, Ramp)
+        if rewind is not None:
+            require_type("rewind", rewind, Rewind)
+            if rewind.to >= begin:
+                raise ValueError(
+                    "`rewind` goes back to a moment before the window. Found "
+                    f"`rewind.to = {rewind.to}` and `begin = {begin}`. Give a later `begin`."
+                )
         self.interval = interval
+        self.rewind = rewind
         self.include = as_picks("include", include)
         self.exclude = as_picks("exclude", exclude)
         if spare is not None:
@@ -111,36 +125,44 @@ class IterativePruning(Callback):
         self.spare = spare
         self.verbose = verbose
 
-        # Between fits the masks rest here, as plain data: no reference to a module outlives its training.
-        self._packed: dict[str, dict[str, Any]] = {}
+        # Between fits everything rests here, as plain data: no reference to a module outlives its training.
+        self._state: dict[str, Any] = {"masks": {}, "rewinding": None}
         self._from_checkpoint = False
-        self._masks: MaskSet | None = None
-        self._guard: ZeroGuard | None = None
+        self._run: PruningRun | None = None
         self._steps = RampSteps(0, 0, 1, 0)
         self._moment: int | None = None
+        self._mark_at = 0
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """The masks by parameter name: bool, of the parameter's shape, True where a weight is kept."""
-        if self._masks is not None:
-            return dict(self._masks.whole())
-        return {name: unpack_bits(entry) for name, entry in self._packed.items()}
+        if self._run is not None:
+            return dict(self._run.masks.whole())
+        return {name: unpack_bits(entry) for name, entry in self._state["masks"].items()}
 
     @property
     def sparsity(self) -> float:
         """The fraction of the chosen weights that are pruned now."""
-        if self._masks is not None:
-            return self._masks.sparsity
+        if self._run is not None:
+            return self._run.masks.sparsity
         masks = self.masks.values()
         total = sum(mask.numel() for mask in masks)
         return 1 - sum(int(mask.sum()) for mask in masks) / total if total else 0.0
+
+    @property
+    def gone_back(self) -> Horizon:
+        """How far the clock of the learning rate is behind training, by rewinding."""
+        if self._run is not None and self._run.rewinder is not None and not self._from_checkpoint:
+            return self._run.rewinder.gone_back
+        rewinding = self._state["rewinding"]
+        return Horizon(*rewinding["gone_back"]) if self._from_checkpoint and rewinding else Horizon(0, 0)
 
     @property
     @override
     def state_key(self) -> str:
         # Two of these on one trainer own different parameters, so this tells them apart.
         return self._generate_state_key(
-            include=_shown(self.include), exclude=_shown(self.exclude), spare=self.spare
+            include=code_of(self.include), exclude=code_of(self.exclude), spare=self.spare
         )
 
     @override
@@ -153,29 +175,36 @@ class IterativePruning(Callback):
         require_strategy_keeps_parameters(trainer)
         require_optimizers_keep_zeros(trainer.optimizers)
         require_end(trainer)
-        self._masks = self._masks_of(pl_module)
-        self._require_sole_owner(trainer, pl_module, self._masks.parameters)
+        if self.rewind is not None:
+            require_rewindable(trainer, self.rewind)
+        masks = self._masks_of(pl_module)
+        self._require_sole_owner(trainer, pl_module, masks.parameters)
+        self._run = PruningRun(masks, pl_module, self.criterion, self.pattern, self.rewind)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         # Not earlier: sharding strategies restore the checkpoint after `on_fit_start`.
-        masks = self._in_training()
-        self._steps = self._lay_window(trainer)
+        run = self._in_training()
+        self._lay_window(trainer)
         self._moment = None
-        if self._from_checkpoint or masks.fits(self._packed):
-            masks.unpack(self._packed)
-            self._mask_averages(trainer)
-        self._guard = ZeroGuard(masks, gradients_are_final=not _touch_gradients(trainer, pl_module))
-        self._guard.attach(trainer.optimizers)
+        if self._from_checkpoint or run.masks.fits(self._state["masks"]):
+            run.load_state_dict(self._state)
+            run.forget_pruned([], averaged_modules(trainer))
+        self._from_checkpoint = False
+        run.guard.attach(trainer.optimizers, gradients_are_final=not _touch_gradients(trainer, pl_module))
 
     @override
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        moment = self._steps.reached(self._now(trainer))
+        now = self._now(trainer)
+        rewinder = self._in_training().rewinder
+        if rewinder is not None and now >= self._mark_at:
+            rewinder.mark(training_position(trainer))
+        moment = self._steps.reached(now)
         if moment is not None and moment != self._moment:
             self._moment = moment
-            self._prune(trainer, self.ramp(self._steps.progress(moment), self._target))
+            self._prune(trainer, pl_module, self.ramp(self._steps.progress(moment), self._target))
             self._log(trainer, pl_module, on_step=True)
         elif batch_idx == 0:
             self._log(trainer, pl_module, on_step=True)
@@ -185,8 +214,7 @@ class IterativePruning(Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
         # After unscaling and accumulation, before clipping.
-        if self._guard is not None:
-            self._guard.mask_gradients(optimizer)
+        self._in_training().guard.mask_gradients(optimizer)
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -194,7 +222,7 @@ class IterativePruning(Callback):
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        masks = self._in_training()
+        masks = self._in_training().masks
         rounding = len(masks.parameters) / masks.total  # scope="layer" rounds in each layer
         if self._moment != self._steps.last and self._target - masks.sparsity > rounding:
             rank_zero_warn(
@@ -209,8 +237,8 @@ class IterativePruning(Callback):
     def on_exception(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException
     ) -> None:
-        if self._masks is not None and self._masks.sharding.mesh is not None:
-            self._masks = None  # putting sharded masks together would wait for ranks that may be gone
+        if self._run is not None and self._run.masks.sharding.mesh is not None:
+            self._run = None  # putting sharded masks together would wait for ranks that may be gone
         self._let_go()
 
     @override
@@ -219,11 +247,11 @@ class IterativePruning(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"masks": self._packed if self._masks is None else self._masks.pack()}
+        return self._state if self._run is None or self._from_checkpoint else self._run.state_dict()
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._packed = state_dict["masks"]
+        self._state = state_dict
         self._from_checkpoint = True
 
     @override
@@ -231,8 +259,8 @@ class IterativePruning(Callback):
         return (
             f"IterativePruning(sparsity={self._target!r}, criterion={self.criterion!r}, pattern={self.pattern!r}, "
             f"ramp={self.ramp!r}, begin={self._window.begin!r}, end={self._window.end!r}, "
-            f"interval={self.interval!r}, every={self._window.every!r}, include={_shown(self.include)}, "
-            f"exclude={_shown(self.exclude)}, spare={self.spare!r}, verbose={self.verbose!r})"
+            f"interval={self.interval!r}, every={self._window.every!r}, rewind={self.rewind!r}, "
+            f"include={code_of(self.include)}, exclude={code_of(self.exclude)}, spare={self.spare!r}, verbose={self.verbose!r})"
         )
 
     def _masks_of(self, pl_module: "pl.LightningModule") -> MaskSet:
@@ -240,27 +268,40 @@ class IterativePruning(Callback):
             pl_module, self._target, self.pattern, self.include or None, self.exclude or None, self.spare
         )
 
-    def _in_training(self) -> MaskSet:
-        assert self._masks is not None, "called outside of fit"
-        return self._masks
+    def _in_training(self) -> PruningRun:
+        assert self._run is not None, "called outside of fit"
+        return self._run
 
-    def _prune(self, trainer: "pl.Trainer", sparsity: float) -> None:
-        masks = self._in_training()
-        if not advance(masks, sparsity, self.criterion, self.pattern):
+    def _prune(self, trainer: Any, pl_module: "pl.LightningModule", sparsity: float) -> None:
+        run = self._in_training()
+        if not run.prune(sparsity):
             return
-        require_same_on_all_ranks(trainer, masks)
-        for optimizer in trainer.optimizers:
-            masks.apply_to_state(optimizer)
-        self._mask_averages(trainer)
+        require_same_on_all_ranks(trainer, run.masks)
+        if run.rewinder is not None:
+            run.go_back(trainer.optimizers, training_position(trainer))
+            for callback in trainer.callbacks:
+                if hasattr(callback, "on_rewind"):  # `LRDecay`
+                    callback.on_rewind(trainer, pl_module)
+        run.forget_pruned(trainer.optimizers, averaged_modules(trainer))
 
-    def _mask_averages(self, trainer: Any) -> None:
-        """Mask the models of EMA and SWA; once zero, an average of zeros stays zero."""
-        for average in averaged_modules(trainer):
-            self._in_training().apply_to_copy(average)
+    def round_horizon(self, trainer: Any) -> Horizon:
+        """Return the length of one round of training between rewindings, which is that of the first."""
+        horizon = training_horizon(trainer)
+        total = self._total(trainer)
+        part = self._window.steps(total, self.interval).first / total
+        return Horizon(part * horizon.epochs, part * horizon.steps)
 
-    def _lay_window(self, trainer: Any) -> RampSteps:
-        if trainer.fast_dev_run:
-            return RampSteps(0, 0, 1, 0)  # one batch: go through everything in it
+    def _lay_window(self, trainer: Any) -> None:
+        if trainer.fast_dev_run:  # one batch: go through everything in it
+            self._steps, self._mark_at = RampSteps(0, 0, 1, 0), 0
+            return
+        total = self._total(trainer)
+        self._steps = self._window.steps(total, self.interval)
+        if self.rewind is not None:
+            self._steps = self._steps.as_rounds()
+        self._mark_at = math.ceil((self.rewind.to if self.rewind else 0) * total - 1e-9 * total)
+
+    def _total(self, trainer: Any) -> float:
         horizon = training_horizon(trainer)
         total = horizon.epochs if self.interval == "epoch" else horizon.steps
         if math.isinf(total):
@@ -269,7 +310,7 @@ class IterativePruning(Callback):
                 f"The window needs the length of training in {self.interval}s. Found a loader without a length. "
                 f'Give `interval="{other}"`, `max_steps`, or `limit_train_batches`.'
             )
-        return self._window.steps(total, self.interval)
+        return total
 
     def _now(self, trainer: "pl.Trainer") -> int:
         return trainer.current_epoch if self.interval == "epoch" else steps_taken(trainer)
@@ -277,7 +318,7 @@ class IterativePruning(Callback):
     def _log(self, trainer: Any, pl_module: "pl.LightningModule", *, on_step: bool) -> None:
         if trainer.barebones:
             return
-        active = [c._in_training() for c in trainer.callbacks if isinstance(c, IterativePruning)]
+        active = [c._in_training().masks for c in trainer.callbacks if isinstance(c, IterativePruning)]
         sparsity = sum(masks.pruned for masks in active) / sum(masks.total for masks in active)
         pl_module.log(
             "pruning/sparsity",
@@ -301,22 +342,12 @@ class IterativePruning(Callback):
                     )
 
     def _let_go(self) -> None:
-        """Keep the masks as plain data and forget the module and its optimizers."""
-        if self._guard is not None:
-            self._guard.detach()
-            self._guard = None
-        if self._masks is not None:
-            self._packed = self._masks.pack()
-            self._masks = None
+        """Keep what there is as plain data, and forget the module and its optimizers."""
+        if self._run is not None:
+            self._state = self.state_dict()
+            self._run.guard.detach()
+            self._run = None
         release(self)
-
-
-def _shown(picks: Sequence[Pick]) -> str:
-    """Return code that evaluates to ``picks``, with module types by their full names."""
-    if not picks:
-        return "None"
-    names = (repr(p) if isinstance(p, str) else f"{p.__module__}.{p.__qualname__}" for p in picks)
-    return f"[{', '.join(names)}]"
 
 
 def _touch_gradients(trainer: Any, pl_module: "pl.LightningModule") -> bool:

@@ -33,18 +33,23 @@ class ZeroGuard:
 
     Args:
         masks: What to hold. They may change between steps.
-        gradients_are_final: Whether nothing changes the gradients between :meth:`mask_gradients` and the step.
     """
 
-    def __init__(self, masks: MaskSet, *, gradients_are_final: bool = True) -> None:
+    def __init__(self, masks: MaskSet) -> None:
         self.masks = masks
-        self._gradients_are_final = gradients_are_final
+        self._gradients_are_final = True
         self._masked: set[int] = set()
         self._handles: list[RemovableHandle] = []
 
-    def attach(self, optimizers: Sequence[Optimizer]) -> None:
-        """Watch the steps of ``optimizers``."""
+    def attach(self, optimizers: Sequence[Optimizer], *, gradients_are_final: bool = True) -> None:
+        """Watch the steps of ``optimizers``.
+
+        Args:
+            optimizers: Those that move the weights.
+            gradients_are_final: Whether nothing changes gradients between :meth:`mask_gradients` and the step.
+        """
         self.detach()
+        self._gradients_are_final = gradients_are_final
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
 
     def detach(self) -> None:

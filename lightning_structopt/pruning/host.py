@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_structopt.pruning.masks import MaskSet
+from lightning_structopt.pruning.rewinding import Rewind, RewindLR, RewindWeights
 
 
 def averaged_modules(trainer: Any) -> list[nn.Module]:
@@ -59,6 +60,27 @@ def require_end(trainer: Any) -> None:
         raise ValueError(
             "`begin` and `end` are fractions of the whole training, which must have an end. Found "
             f"`max_epochs = {trainer.max_epochs}` and no `max_steps`. Give one of them to the Trainer."
+        )
+
+
+def require_rewindable(trainer: Any, rewind: Rewind) -> None:
+    """Raise if something in ``trainer`` would not go back with the weights or the rate.
+
+    Raises:
+        ValueError: If the module has a scheduler of its own, there is no ``LRDecay`` for ``RewindLR``, or an
+            averaged model would mix the rounds.
+    """
+    follows = any(hasattr(callback, "on_rewind") for callback in trainer.callbacks)
+    if not follows and (trainer.lr_scheduler_configs or isinstance(rewind, RewindLR)):
+        schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+        raise ValueError(
+            f"With `{rewind!r}` the learning rate restarts in each round, which `LRDecay` does. Found "
+            f"{' and '.join(schedulers) or 'no schedule'}. Add an `LRDecay` instead."
+        )
+    if averaged_modules(trainer) and isinstance(rewind, RewindWeights):
+        raise ValueError(
+            f"With `{rewind!r}` an average of weights would mix the rounds. Found a callback that averages (EMA or "
+            "SWA). Remove it."
         )
 
 

@@ -1,12 +1,12 @@
 """Pruning a module now, without a Trainer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_structopt._checks import require_in, require_type
-from lightning_structopt.pruning.criteria import Criterion, Magnitude
+from lightning_structopt.pruning.criteria import Criterion, Evidence, Magnitude
 from lightning_structopt.pruning.masks import MaskSet
 from lightning_structopt.pruning.patterns import Pattern, Unstructured
 from lightning_structopt.pruning.selection import Pick, Spare, row_biases, select_parameters
@@ -56,7 +56,7 @@ def prune(
     require_type("criterion", criterion, Criterion)
     require_type("pattern", pattern, Pattern)
     masks = masks_for(module, sparsity, pattern, include, exclude, spare)
-    advance(masks, sparsity, criterion, pattern)
+    advance(masks, sparsity, criterion, pattern, lambda: Evidence(module, sharding=masks.sharding))
     return masks.masks()
 
 
@@ -75,8 +75,26 @@ def masks_for(
 
 
 @torch.no_grad()
-def advance(masks: MaskSet, sparsity: float, criterion: Criterion, pattern: Pattern) -> bool:
-    """Raise the sparsity of ``masks`` to ``sparsity`` and say whether anything changed."""
+def advance(
+    masks: MaskSet,
+    sparsity: float,
+    criterion: Criterion,
+    pattern: Pattern,
+    evidence: Callable[[], Evidence] = Evidence,
+) -> bool:
+    """Raise the sparsity of ``masks`` to ``sparsity`` and say whether anything changed.
+
+    Args:
+        masks: What to change.
+        sparsity: The fraction of weights that are pruned afterwards.
+        criterion: How important a weight is.
+        pattern: Which weights go together.
+        evidence: Returns what is known besides the weights; called only if something is to be pruned, as
+            there may be nothing known yet when a ramp starts at zero.
+    """
+    if sparsity * masks.total < 0.5:
+        return False
     before = masks.pruned
-    masks.update(pattern.choose(criterion.score(masks.weights()), masks.masks(), sparsity, masks.sharding))
+    scores = criterion.score(masks.weights(), evidence())
+    masks.update(pattern.choose(scores, masks.masks(), sparsity, masks.sharding))
     return masks.pruned != before

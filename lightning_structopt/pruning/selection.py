@@ -82,6 +82,14 @@ def as_picks(name: str, picks: Pick | Sequence[Pick] | None) -> tuple[Pick, ...]
     return several
 
 
+def code_of(picks: Sequence[Pick]) -> str:
+    """Return code that evaluates to ``picks``, with module types by their full names."""
+    if not picks:
+        return "None"
+    names = (repr(p) if isinstance(p, str) else f"{p.__module__}.{p.__qualname__}" for p in picks)
+    return f"[{', '.join(names)}]"
+
+
 def select_parameters(
     module: nn.Module,
     include: Pick | Sequence[Pick] | None = None,

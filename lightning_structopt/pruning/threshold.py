@@ -118,7 +118,7 @@ def _search(scores: _Scores, k: int, total: int) -> Tensor:
             if first == last:
                 return first
             if kept == inside:
-                return scores.only(tally.values).select(k - below)
+                return scores.only(torch.cat(tally.values)).select(k - below)
             break
         first = last = low if k <= below else high
     return scores.select(k)
@@ -171,9 +171,9 @@ class _Scores:
             torch.distributed.all_reduce(counts, group=self.group)
         return counts.cpu()
 
-    def only(self, values: Sequence[Tensor]) -> _Scores:
+    def only(self, values: Tensor) -> _Scores:
         """Return scores that consist of ``values``, taken from these and loaded."""
-        return _Scores([torch.cat(values)], self.dtype, False, self.group, scratch=True)
+        return _Scores([values], self.dtype, False, self.group, scratch=True)
 
     def sample(self, total: int) -> _Scores:
         """Return evenly spread scores, about ``2 * total ** (2 / 3)`` over all ranks.
@@ -181,11 +181,13 @@ class _Scores:
         The bracket shrinks with the root of the sample, so more would cost what they save.
         """
         stride = round(total ** (1 / 3) / 2) | 1  # odd, not to meet the same few columns of a matrix
-        parts, seen = [], 0
+        sample = torch.empty(len(range(0, self.size, stride)), dtype=self.dtype, device=self.device)
+        seen = taken = 0
         for block in self._blocks(8):
-            parts.append(self._load(block.reshape(-1)[-seen % stride :: stride]))
-            seen += block.numel()
-        return self.only(parts)
+            part = block.reshape(-1)[-seen % stride :: stride]
+            sample[taken : taken + part.numel()] = part  # kept as a view, it would hold on to a strided block's copy
+            seen, taken = seen + block.numel(), taken + part.numel()
+        return self.only(sample.abs_() if self.absolute else sample)
 
     def select(self, k: int) -> Tensor:
         """Return the k-th smallest, digit by digit, each from a histogram over all scores."""

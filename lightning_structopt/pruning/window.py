@@ -1,7 +1,7 @@
 """When the ramp takes its steps."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_structopt._checks import require_in, require_whole
 
@@ -21,6 +21,10 @@ class RampSteps:
     last: int
     every: int
     origin: float
+
+    def as_rounds(self) -> "RampSteps":
+        """Return the same moments with equal shares of the ramp, as each ends a round that is to prune."""
+        return replace(self, origin=self.first - self.every)
 
     def reached(self, now: int) -> int | None:
         """Return the latest moment that is not after ``now``, or None before the first one."""

@@ -30,6 +30,9 @@ CALLBACKS: dict[str, Make] = {
         exclude="net.3.*",
         verbose=False,
     ),
+    "IterativePruning, rewinding": lambda: so.IterativePruning(
+        0.8, begin=0.3, rewind=so.RewindWeights(to=0.25), verbose=False
+    ),
     "LRDecay, steps": lambda: so.LRDecay(so.Warmup(3, then=so.Cosine(minimum=0.1))),
     "LRDecay, epochs": lambda: so.LRDecay(so.Polynomial(power=2.0), interval="epoch"),
     "LRDecay, horizon": lambda: so.LRDecay(so.Linear(), horizon=9),

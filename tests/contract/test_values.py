@@ -28,6 +28,8 @@ VALUES = [
     so.NByM(2, 4),
     so.Block((4, 2), scope="layer"),
     so.Neurons(scope="global"),
+    so.RewindWeights(to=0.05),
+    so.RewindLR(to=0.05),
     so.Uniform(),
     so.ErdosRenyi(),
     so.PerLayer({"net.0.weight": 0.5}),

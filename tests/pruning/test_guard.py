@@ -62,8 +62,8 @@ def test_gradients_changed_after_masking_do_not_revive() -> None:
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     masks = MaskSet({"weight": layer.weight})
     masks.update({"weight": torch.rand(5, 6) > 0.5})
-    guard = ZeroGuard(masks, gradients_are_final=False)
-    guard.attach([optimizer])
+    guard = ZeroGuard(masks)
+    guard.attach([optimizer], gradients_are_final=False)
     layer.weight.grad = torch.ones(5, 6)
     guard.mask_gradients(optimizer)
     layer.weight.grad += 1

@@ -34,6 +34,11 @@ def test_progress_is_one_at_the_last_moment_and_measured_from_the_opening() -> N
     assert steps.progress(7) == 1
 
 
+def test_rounds_share_the_ramp_equally() -> None:
+    steps = Window(0.25, 1.0, 2).steps(8, "epoch").as_rounds()
+    assert [steps.progress(moment) for moment in (2, 4, 6)] == pytest.approx([1 / 3, 2 / 3, 1])
+
+
 def test_a_moment_that_is_jumped_over_counts_as_reached() -> None:
     steps = Window(0.0, 1.0, 10).steps(100, "step")
     assert [steps.reached(now) for now in (0, 9, 11, 19, 95, 1000)] == [0, 0, 10, 10, 90, 90]

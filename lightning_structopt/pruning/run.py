@@ -1,0 +1,73 @@
+"""One training's worth of pruning, as plain tensor code: the callback tells it when."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_structopt._horizon import Horizon
+from lightning_structopt.pruning.criteria import Criterion
+from lightning_structopt.pruning.guard import ZeroGuard
+from lightning_structopt.pruning.masks import MaskSet
+from lightning_structopt.pruning.one_shot import advance
+from lightning_structopt.pruning.patterns import Pattern
+from lightning_structopt.pruning.rewinding import Rewind, Rewinder
+
+
+class PruningRun:
+    """The masks of one training with what raises them, what holds them and what goes back in time.
+
+    Args:
+        masks: The masks, all ones.
+        module: The module whose weights they mask.
+        criterion: How important a weight is.
+        pattern: Which weights go together.
+        rewind: What goes back after each pruning, if anything.
+    """
+
+    def __init__(
+        self, masks: MaskSet, module: nn.Module, criterion: Criterion, pattern: Pattern, rewind: Rewind | None
+    ) -> None:
+        self.masks = masks
+        self.rewinder = Rewinder(rewind, module) if rewind is not None else None
+        self.guard = ZeroGuard(masks)
+        self._criterion = criterion
+        self._pattern = pattern
+
+    def prune(self, sparsity: float) -> bool:
+        """Raise the sparsity to ``sparsity`` and tell whether anything changed."""
+        return advance(self.masks, sparsity, self._criterion, self._pattern)
+
+    def go_back(self, optimizers: Sequence[Optimizer], now: Horizon) -> None:
+        """Rewind what is to be rewound; pruned weights stay zero."""
+        if self.rewinder is not None:
+            self.rewinder.go_back(optimizers, now)
+            self.masks.apply()
+
+    def forget_pruned(self, optimizers: Sequence[Optimizer], averages: Sequence[nn.Module]) -> None:
+        """Zero pruned weights wherever else they live: in the state of optimizers and in averaged modules.
+
+        Once there, they stay: an average of zeros is zero, and so is the momentum of zero gradients.
+        """
+        for optimizer in optimizers:
+            self.masks.apply_to_state(optimizer)
+        for average in averages:
+            self.masks.apply_to_copy(average)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything to go on from, as plain data; all ranks call it together."""
+        return {
+            "masks": self.masks.pack(),
+            "rewinding": None if self.rewinder is None else self.rewinder.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If it does not fit the module.
+        """
+        self.masks.unpack(state["masks"])
+        if self.rewinder is not None and state["rewinding"] is not None:
+            self.rewinder.load_state_dict(state["rewinding"])
