@@ -25,6 +25,7 @@ from lightning_structopt.pruning import (
     Unstructured,
     kth_smallest,
     prune,
+    sensitivity,
 )
 from lightning_structopt.schedules import (
     Constant,
@@ -74,4 +75,5 @@ __all__ = [
     "Warmup",
     "kth_smallest",
     "prune",
+    "sensitivity",
 ]

@@ -14,6 +14,7 @@ from lightning_structopt.pruning.ramps import (
     Ramp,
 )
 from lightning_structopt.pruning.rewinding import Rewind, RewindLR, RewindWeights
+from lightning_structopt.pruning.sensitivity import Sensitivity, sensitivity
 from lightning_structopt.pruning.threshold import kth_smallest
 
 __all__ = [
@@ -37,8 +38,10 @@ __all__ = [
     "RewindLR",
     "RewindWeights",
     "Scores",
+    "Sensitivity",
     "Uniform",
     "Unstructured",
     "kth_smallest",
     "prune",
+    "sensitivity",
 ]

@@ -55,7 +55,7 @@ class EvidenceCollector:
         self.detach()
         self.criterion.require(module, self.parameters)
         if self._takes_inputs:
-            self._handles = watch_inputs(module, self.parameters, self._observe_inputs)
+            self._handles = watch_inputs(module, self.parameters, self._add_squares)
 
     def detach(self) -> None:
         """Stop watching."""
@@ -85,9 +85,8 @@ class EvidenceCollector:
             if name in gradients:
                 self.criterion.accumulate(total, weight, widened(gradients[name]))
 
-    def _observe_inputs(self, name: str, squares: Tensor) -> None:
-        if torch.is_grad_enabled():  # training, not validation
-            self._next_total(name, squares).add_(squares)
+    def _add_squares(self, name: str, squares: Tensor) -> None:
+        self._next_total(name, squares).add_(squares)
 
     def _next_total(self, name: str, like: Tensor) -> Tensor:
         """Return the total of ``name`` for one more step to be added to."""
@@ -143,15 +142,15 @@ class EvidenceCollector:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is known as plain data, with whole tensors on the CPU; all ranks call it together."""
-        group = _all_ranks()
-        steps = self._steps_everywhere(group)
+        evidence = Evidence(group=_all_ranks())
+        steps = self._steps_everywhere(evidence.group)
         if not steps:
             return {}
         return {
             "criterion": _kind(self.criterion),
             "steps": steps,
             "used": [name for name in steps if name in self._used],
-            "totals": {name: self._whole(name, Evidence(group=group)).cpu() for name in steps},
+            "totals": {name: self._whole(name, evidence).cpu() for name in steps},
         }
 
     def _whole(self, name: str, evidence: Evidence) -> Tensor:

@@ -66,7 +66,7 @@ class BatchNormScale(Criterion):
 
     Example:
         >>> from lightning_structopt.pruning import Neurons, prune
-        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.LazyLinear(2))
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
         >>> masks = prune(net, 0.5, criterion=BatchNormScale(), pattern=Neurons(), include="0.*")
     """
 
@@ -130,7 +130,7 @@ def _owner(module: nn.Module, name: str) -> tuple[str, nn.Module]:
 def _filters(weight: Tensor, layer: nn.Module | None) -> Tensor:
     """Return one row for each output of ``layer``."""
     if isinstance(layer, _TRANSPOSED):  # (inputs, outputs / groups, kernel), group after group of inputs
-        grouped = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)
+        grouped = weight.reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2)
         return grouped.flatten(0, 1).flatten(1)
     return weight.flatten(1)
 

@@ -130,10 +130,11 @@ def sum_of_squares(
 
     for first in range(0, count, chunk):
         size = min(chunk, count - first)
-        if probes is None:
-            vectors = _units(first, size, rows)
-        else:
-            vectors = random_signs((size, *rows.shape), rows, generator)
+        vectors = (
+            _units(first, size, rows)
+            if probes is None
+            else random_signs((size, *rows.shape), rows, generator)
+        )
         with warnings.catch_warnings():
             # Operators that vmap has no rule for run one by one, as they would without it.
             warnings.filterwarnings("ignore", ".*performance drop.*batching rule")
@@ -157,6 +158,7 @@ def probes_for(outputs: Tensor, probes: int | None) -> int | None:
 
 
 def check_probes(probes: int | None, seed: int) -> None:
+    """Raise unless ``probes`` is None or at least 1, and ``seed`` at least 0."""
     if probes is not None:
         require_whole("probes", probes, 1)
     require_whole("seed", seed, 0)
@@ -180,6 +182,11 @@ def outputs_of(module: nn.Module, batch: Tensor) -> Tensor:
 
 
 def require_samples(what: str, tensor: Tensor, samples: int) -> None:
+    """Raise unless dimension 0 of ``tensor`` is as long as there are ``samples``.
+
+    Raises:
+        ValueError: If it is not.
+    """
     if tensor.dim() == 0 or len(tensor) != samples:
         raise ValueError(
             f"Samples must be along dimension 0. Found {what} of shape {tuple(tensor.shape)} for {samples} "

@@ -181,13 +181,12 @@ class _Scores:
         The bracket shrinks with the root of the sample, so more would cost what they save.
         """
         stride = round(total ** (1 / 3) / 2) | 1  # odd, not to meet the same few columns of a matrix
-        sample = torch.empty(len(range(0, self.size, stride)), dtype=self.dtype, device=self.device)
-        seen = taken = 0
-        for block in self._blocks(8):
-            part = block.reshape(-1)[-seen % stride :: stride]
-            sample[taken : taken + part.numel()] = part  # kept as a view, it would hold on to a strided block's copy
-            seen, taken = seen + block.numel(), taken + part.numel()
-        return self.only(sample.abs_() if self.absolute else sample)
+        parts, seen = [], 0
+        for t in self.tensors:
+            positions = torch.arange(min(-seen % stride, t.numel()), t.numel(), stride, device=t.device)
+            parts.append(self._load(t.take(positions)))
+            seen += t.numel()
+        return self.only(torch.cat(parts))
 
     def select(self, k: int) -> Tensor:
         """Return the k-th smallest, digit by digit, each from a histogram over all scores."""
@@ -253,11 +252,11 @@ class _Scores:
         block = block.to(self.device, self.dtype)
         return block.abs() if self.absolute else block
 
-    def _blocks(self, times: int = 1) -> Iterator[Tensor]:
-        """Cut the tensors into views of at most ``times`` a block; a device has larger ones than a cache."""
+    def _blocks(self) -> Iterator[Tensor]:
+        """Cut the tensors into views that fit a cache, or on a device are worth a launch."""
         size = _BLOCK if self.device.type == "cpu" else max(_BLOCK, self.size // 128)
         for tensor in self.tensors:
-            yield from _cut(tensor, size * times)
+            yield from _cut(tensor, size)
 
 
 def _cut(tensor: Tensor, size: int) -> Iterator[Tensor]:

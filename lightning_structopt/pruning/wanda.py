@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
@@ -22,11 +23,7 @@ from lightning_structopt.pruning.sharding import Sharding
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _SHOW_INPUTS = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS, *_TRANSPOSED)
-_KERNEL_GRADIENTS = {
-    1: torch.nn.grad.conv1d_weight,
-    2: torch.nn.grad.conv2d_weight,
-    3: torch.nn.grad.conv3d_weight,
-}
+_KERNEL_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 Sink = Callable[[str, Tensor], None]
 
@@ -110,6 +107,8 @@ class Wanda(Criterion):
 def watch_inputs(module: nn.Module, parameters: Mapping[str, Tensor], sink: Sink) -> list[RemovableHandle]:
     """Call ``sink`` with a name and the sums of squared inputs whenever a layer with that parameter runs.
 
+    Only passes with gradients count, so validation does not.
+
     Args:
         module: Where the layers are.
         parameters: Their weights by name.
@@ -135,12 +134,12 @@ def remove(handles: Iterable[RemovableHandle]) -> None:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-@torch.no_grad()
 def _observe(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str, sink: Sink
 ) -> None:
-    inputs = [widened(value.detach()) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    sink(name, squared_inputs(layer, inputs))
+    if torch.is_grad_enabled():
+        inputs = [widened(value.detach()) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        sink(name, squared_inputs(layer, inputs))
 
 
 def squared_inputs(layer: nn.Module, inputs: list[Tensor]) -> Tensor:
@@ -172,7 +171,7 @@ def _squares_under_kernel(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tens
     ]
     # Each output position adds the patch under the kernel: the gradient of the kernel where that of all
     # outputs is 1.
-    sums = _KERNEL_GRADIENTS[places](
+    sums: Tensor = _KERNEL_GRADIENTS[places](  # type: ignore[no-untyped-call]
         squares,
         (1, layer.in_channels, *layer.kernel_size),
         squares.new_ones(1, 1, *outputs),
@@ -191,7 +190,8 @@ def _layers(module: nn.Module, parameters: Mapping[str, Tensor]) -> list[tuple[s
     names = {id(parameter): name for name, parameter in parameters.items()}
     # Attention reads the weight of this layer without calling it.
     bypassed = {id(part.out_proj) for part in module.modules() if isinstance(part, nn.MultiheadAttention)}
-    layers, hidden = [], []
+    layers: list[tuple[str, nn.Module]] = []
+    hidden: list[tuple[str, nn.Module]] = []
     for layer in module.modules():
         shows = isinstance(layer, _SHOW_INPUTS) and id(layer) not in bypassed
         for leaf, parameter in layer._parameters.items():

@@ -284,7 +284,7 @@ import resource, sys, torch
 from lightning_structopt.pruning import kth_smallest
 
 dtype, strided, signed = getattr(torch, sys.argv[1]), sys.argv[2] == "strided", sys.argv[3] == "signed"
-size = 200_000_000 // dtype.itemsize // 10
+size = 320_000_000 // dtype.itemsize // 10
 tensors = [torch.empty(size, dtype=dtype).normal_() for _ in range(10)]
 if strided:
     tensors = [t.view(1000, -1).t()[1:] for t in tensors]
