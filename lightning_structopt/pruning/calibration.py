@@ -1,7 +1,7 @@
 """Data by which weights are scored, and a module that is none the worse for it."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -191,12 +191,18 @@ def _same_randomness(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def plain_kernels(module: nn.Module) -> Iterator[None]:
     """Run attention and recurrent layers by kernels that can be differentiated twice, and row by row."""
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(part, nn.RNNBase) for part in module.modules()):
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        yield
+    recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn) if recurrent else ()
+    before = [backend.enabled for backend in backends]
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
+            # By attribute: their `flags()` would set, and warn of, other options too.
+            for backend in backends:
+                backend.enabled = False
+            yield
+        finally:
+            for backend, enabled in zip(backends, before, strict=True):
+                backend.enabled = enabled
 
 
 def _cross_entropy(module: nn.Module, batch: Any) -> Tensor:

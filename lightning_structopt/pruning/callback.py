@@ -1,6 +1,5 @@
 """Iterative pruning as a Lightning callback."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,8 +13,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_in, require_lightning, require_type
-from lightning_structopt._horizon import Horizon, steps_taken, training_horizon, training_position
+from lightning_structopt._horizon import Horizon, training_position
 from lightning_structopt._release import release
+from lightning_structopt.pruning.clock import Clock
 from lightning_structopt.pruning.criteria import Criterion, Magnitude
 from lightning_structopt.pruning.host import (
     averaged_modules,
@@ -33,7 +33,7 @@ from lightning_structopt.pruning.report import sparsity_table
 from lightning_structopt.pruning.rewinding import Rewind
 from lightning_structopt.pruning.run import PruningRun
 from lightning_structopt.pruning.selection import Pick, Spare, as_picks, code_of
-from lightning_structopt.pruning.window import RampSteps, Window
+from lightning_structopt.pruning.window import Window
 
 
 class IterativePruning(Callback):
@@ -129,9 +129,8 @@ class IterativePruning(Callback):
         self._state: dict[str, Any] = {"masks": {}, "rewinding": None}
         self._from_checkpoint = False
         self._run: PruningRun | None = None
-        self._steps = RampSteps(0, 0, 1, 0)
+        self._clock = Clock(self._window, interval, None if rewind is None else rewind.to)
         self._moment: int | None = None
-        self._mark_at = 0
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -185,7 +184,7 @@ class IterativePruning(Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         # Not earlier: sharding strategies restore the checkpoint after `on_fit_start`.
         run = self._in_training()
-        self._lay_window(trainer)
+        self._clock.lay(trainer)
         self._moment = None
         if self._from_checkpoint or run.masks.fits(self._state["masks"]):
             run.load_state_dict(self._state)
@@ -197,14 +196,13 @@ class IterativePruning(Callback):
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        now = self._now(trainer)
         rewinder = self._in_training().rewinder
-        if rewinder is not None and now >= self._mark_at:
+        if rewinder is not None and self._clock.to_be_marked(trainer):
             rewinder.mark(training_position(trainer))
-        moment = self._steps.reached(now)
+        moment = self._clock.reached(trainer)
         if moment is not None and moment != self._moment:
             self._moment = moment
-            self._prune(trainer, pl_module, self.ramp(self._steps.progress(moment), self._target))
+            self._prune(trainer, pl_module, self.ramp(self._clock.steps.progress(moment), self._target))
             self._log(trainer, pl_module, on_step=True)
         elif batch_idx == 0:
             self._log(trainer, pl_module, on_step=True)
@@ -224,7 +222,7 @@ class IterativePruning(Callback):
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         masks = self._in_training().masks
         rounding = len(masks.parameters) / masks.total  # scope="layer" rounds in each layer
-        if self._moment != self._steps.last and self._target - masks.sparsity > rounding:
+        if self._moment != self._clock.steps.last and self._target - masks.sparsity > rounding:
             rank_zero_warn(
                 f"Training ended before the pruning window closed: sparsity is {masks.sparsity:.4f}, the target "
                 f"{self._target}. Train to the end of the window, or give a smaller `end`."
@@ -260,7 +258,8 @@ class IterativePruning(Callback):
             f"IterativePruning(sparsity={self._target!r}, criterion={self.criterion!r}, pattern={self.pattern!r}, "
             f"ramp={self.ramp!r}, begin={self._window.begin!r}, end={self._window.end!r}, "
             f"interval={self.interval!r}, every={self._window.every!r}, rewind={self.rewind!r}, "
-            f"include={code_of(self.include)}, exclude={code_of(self.exclude)}, spare={self.spare!r}, verbose={self.verbose!r})"
+            f"include={code_of(self.include)}, exclude={code_of(self.exclude)}, spare={self.spare!r}, "
+            f"verbose={self.verbose!r})"
         )
 
     def _masks_of(self, pl_module: "pl.LightningModule") -> MaskSet:
@@ -286,34 +285,7 @@ class IterativePruning(Callback):
 
     def round_horizon(self, trainer: Any) -> Horizon:
         """Return the length of one round of training between rewindings, which is that of the first."""
-        horizon = training_horizon(trainer)
-        total = self._total(trainer)
-        part = self._window.steps(total, self.interval).first / total
-        return Horizon(part * horizon.epochs, part * horizon.steps)
-
-    def _lay_window(self, trainer: Any) -> None:
-        if trainer.fast_dev_run:  # one batch: go through everything in it
-            self._steps, self._mark_at = RampSteps(0, 0, 1, 0), 0
-            return
-        total = self._total(trainer)
-        self._steps = self._window.steps(total, self.interval)
-        if self.rewind is not None:
-            self._steps = self._steps.as_rounds()
-        self._mark_at = math.ceil((self.rewind.to if self.rewind else 0) * total - 1e-9 * total)
-
-    def _total(self, trainer: Any) -> float:
-        horizon = training_horizon(trainer)
-        total = horizon.epochs if self.interval == "epoch" else horizon.steps
-        if math.isinf(total):
-            other = "step" if self.interval == "epoch" else "epoch"
-            raise ValueError(
-                f"The window needs the length of training in {self.interval}s. Found a loader without a length. "
-                f'Give `interval="{other}"`, `max_steps`, or `limit_train_batches`.'
-            )
-        return total
-
-    def _now(self, trainer: "pl.Trainer") -> int:
-        return trainer.current_epoch if self.interval == "epoch" else steps_taken(trainer)
+        return self._clock.round_horizon(trainer)
 
     def _log(self, trainer: Any, pl_module: "pl.LightningModule", *, on_step: bool) -> None:
         if trainer.barebones:

@@ -69,10 +69,10 @@ class HessianDiagonal(Criterion):
         require_unsharded(self, evidence.sharding)
         module = evidence.root()
         parameters = [evidence.parameter(name) for name in weights]
-        totals = [torch.zeros_like(widened(weight)) for weight in weights.values()]
         generator = torch.Generator().manual_seed(self.seed)
         count = 0
         with undisturbed(module), plain_kernels(module), trainable(parameters):
+            totals = [torch.zeros_like(widened(weight)) for weight in weights.values()]
             for loss in calibration.losses(module):
                 for diagonal in _estimates(loss, parameters, self.probes, generator):
                     torch._foreach_add_(totals, diagonal)

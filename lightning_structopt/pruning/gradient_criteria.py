@@ -68,10 +68,10 @@ class GradientCriterion(Criterion):
         require_unsharded(self, evidence.sharding)
         module = evidence.root()
         parameters = [evidence.parameter(name) for name in weights]
-        wide = {name: widened(weight) for name, weight in weights.items()}
-        totals = {name: torch.zeros_like(weight) for name, weight in wide.items()}
         steps = 0
         with undisturbed(module), trainable(parameters):
+            wide = {name: widened(weight) for name, weight in weights.items()}
+            totals = {name: torch.zeros_like(weight) for name, weight in wide.items()}
             for loss in calibration.losses(module):
                 # Not `backward`, which would add to the gradients of all parameters and wake DDP's hooks.
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)

@@ -74,10 +74,10 @@ class JacobianImportance(Criterion):
         require_unsharded(self, evidence.sharding)
         module = evidence.root()
         parameters = [evidence.parameter(name) for name in weights]
-        totals = [torch.zeros_like(widened(weight)) for weight in weights.values()]
         generator = torch.Generator().manual_seed(self.seed)
         samples = 0
         with undisturbed(module), plain_kernels(module), trainable(parameters):
+            totals = [torch.zeros_like(widened(weight)) for weight in weights.values()]
             for batch in calibration.inputs(module):
                 for outputs, probes in self._passes(module, batch):
                     squares = sum_of_squares(outputs, parameters, probes, generator)

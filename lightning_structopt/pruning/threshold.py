@@ -213,7 +213,8 @@ class _Scores:
 
     def tally(self, low: float, high: float) -> _Tally:
         """Count this rank's scores below ``low``; count and, if few, keep those from ``low`` to ``high``."""
-        blocks, room = list(self._blocks()), max(2**17, self.size // 64)
+        blocks = list(self._blocks())
+        room = max(2**17, sum(t.nbytes for t in self.tensors) // self.dtype.itemsize // 64)
         # Each thread has buffers, so they are few. Where torch converts, it has threads of its own.
         uses_numpy = all(t.device.type == "cpu" and t.dtype == self.dtype for t in self.tensors)
         workers = min(torch.get_num_threads(), self.size // 2**23 + 1) if uses_numpy else 1

@@ -99,10 +99,7 @@ def test_random_is_uniform_across_chunks() -> None:
 
 def test_random_is_pinned_down() -> None:
     """Resuming with a newer version must not draw other masks."""
-    assert score(Random(0), torch.ones(3)).tolist() == pytest.approx(PINNED, abs=0)
-
-
-PINNED: list[float] = []
+    assert score(Random(0), torch.ones(3)).tolist() == [0.850427508354187, 0.16933178901672363, 0.1667296290397644]
 
 
 def outputs_of(weight: Tensor, layer: nn.Module) -> list[list[tuple[int, ...]]]:
