@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_structopt.pruning.criteria import Criterion, Evidence, widened
@@ -140,9 +141,15 @@ class EvidenceCollector:
         if not isinstance(self.criterion, GradientCriterion) or self.criterion.starts_anew:
             self._used = set(self._totals)
 
+    @property
+    def shares_state(self) -> bool:
+        """Whether ranks have different parts, so that all must call :meth:`state_dict` together."""
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
+        return _all_ranks() is not None and (self._takes_inputs or (self._takes_gradients and sharded))
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what is known as plain data, with whole tensors on the CPU; all ranks call it together."""
-        evidence = Evidence(group=_all_ranks())
+        """Return what is known as plain data, with whole tensors on the CPU."""
+        evidence = Evidence(group=_all_ranks() if self.shares_state else None)
         steps = self._steps_everywhere(evidence.group)
         if not steps:
             return {}
@@ -183,8 +190,11 @@ def _dense(gradient: Tensor) -> Tensor:
 
 
 def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    largest = [norm.float() for norm in torch._foreach_norm([t for t in tensors if t.numel()], math.inf)]
-    return not largest or bool(torch.stack([norm.to(largest[0].device) for norm in largest]).isfinite().all())
+    parts = [tensor for tensor in tensors if tensor.numel()]
+    if not parts:
+        return True
+    largest = [norm.to(parts[0].device, torch.float32) for norm in torch._foreach_norm(parts, math.inf)]
+    return bool(torch.stack(largest).isfinite().all())
 
 
 def _all_ranks() -> dist.ProcessGroup | None:

@@ -99,7 +99,11 @@ def test_random_is_uniform_across_chunks() -> None:
 
 def test_random_is_pinned_down() -> None:
     """Resuming with a newer version must not draw other masks."""
-    assert score(Random(0), torch.ones(3)).tolist() == [0.850427508354187, 0.16933178901672363, 0.1667296290397644]
+    assert score(Random(0), torch.ones(3)).tolist() == [
+        0.850427508354187,
+        0.16933178901672363,
+        0.1667296290397644,
+    ]
 
 
 def outputs_of(weight: Tensor, layer: nn.Module) -> list[list[tuple[int, ...]]]:
@@ -174,7 +178,9 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(4)
         self.conv2 = nn.ConvTranspose2d(4, 6, 3, groups=2)
         self.bn2 = nn.SyncBatchNorm(6)
-        self.pair = nn.Sequential(OrderedDict(up=nn.Linear(6, 5), norm=nn.BatchNorm1d(5), down=nn.Linear(5, 2)))
+        self.pair = nn.Sequential(
+            OrderedDict(up=nn.Linear(6, 5), norm=nn.BatchNorm1d(5), down=nn.Linear(5, 2))
+        )
 
 
 def test_batch_norm_scale_takes_the_norm_behind_each_layer() -> None:

@@ -271,7 +271,9 @@ def test_transformers_and_recurrent_layers(make: Any) -> None:
     exclude = ["recur.*", "attend.self_attn.*"] if make is Wanda else None
     scores = scores_of(make(Calibration(data)), module) if make is not Wanda else {}
     assert all(score.abs().sum() > 0 for score in scores.values())
-    masks = prune(module, 0.5, criterion=make(Calibration(data)), pattern=Unstructured("layer"), exclude=exclude)
+    masks = prune(
+        module, 0.5, criterion=make(Calibration(data)), pattern=Unstructured("layer"), exclude=exclude
+    )
     assert all(mask.sum() == mask.numel() // 2 for mask in masks.values())
     assert torch.backends.mkldnn.enabled
     assert torch.backends.cudnn.enabled
@@ -284,7 +286,9 @@ def test_a_criterion_of_ones_own_takes_a_line() -> None:
 
     weight, total = torch.ones(2, 2), torch.zeros(2, 2)
     Signed().accumulate(total, weight, torch.full((2, 2), 3.0))
-    assert (Signed().score({"a": weight}, Evidence(totals={"a": total}, steps={"a": 2})).values["a"] == 1.5).all()
+    assert (
+        Signed().score({"a": weight}, Evidence(totals={"a": total}, steps={"a": 2})).values["a"] == 1.5
+    ).all()
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def test_probes_come_near_the_diagonal_of_any_hessian() -> None:
 
     deviation = (matrix**2).sum(1).sub(matrix.diag() ** 2).sqrt().view(2, 3)  # of one probe
     limit = module.weight.detach() ** 2 / 2 * deviation
-    assert (error(4000).abs() < 4 * limit / 4000**0.5).all()
-    assert error(4000).norm() < error(10).norm() / 4
+    assert (error(1500).abs() < 4 * limit / 1500**0.5).all()
+    assert error(1500).norm() < error(10).norm() / 4
 
 
 def test_it_is_the_diagonal_of_autograds_hessian_of_a_network() -> None:
@@ -76,10 +76,10 @@ def test_it_is_the_diagonal_of_autograds_hessian_of_a_network() -> None:
     flat = torch.cat([module.get_parameter(name).detach().flatten() for name in names])
     hessian = torch.autograd.functional.hessian(loss, flat)
     expected = flat**2 * hessian.diag() / 2
-    found = scores(HessianDiagonal(Calibration([(inputs, labels)]), probes=3000), module)
+    found = scores(HessianDiagonal(Calibration([(inputs, labels)]), probes=1500), module)
     spread = flat**2 / 2 * (hessian**2).sum(1).sub(hessian.diag() ** 2).clamp(min=0).sqrt()
     difference = torch.cat([found[name].flatten() for name in names]) - expected
-    assert (difference.abs() < 4 * spread / 3000**0.5 + 1e-12).all()
+    assert (difference.abs() < 4 * spread / 1500**0.5 + 1e-12).all()
 
 
 def test_it_predicts_what_cutting_a_weight_costs_at_a_minimum() -> None:
@@ -93,11 +93,11 @@ def test_it_predicts_what_cutting_a_weight_costs_at_a_minimum() -> None:
     def loss(module: nn.Module, batch: Any) -> Tensor:
         return nn.functional.mse_loss(module(batch[0]), batch[1])
 
-    score = scores(HessianDiagonal(Calibration([(inputs, targets)], loss), probes=20000), module)["weight"]
+    score = scores(HessianDiagonal(Calibration([(inputs, targets)], loss), probes=4000), module)["weight"]
     for index in range(3):
         cut = copy.deepcopy(module)
         cut.weight.data[0, index] = 0
-        assert score[0, index].item() == pytest.approx(loss(cut, (inputs, targets)).item(), rel=0.03)
+        assert score[0, index].item() == pytest.approx(loss(cut, (inputs, targets)).item(), rel=0.05)
 
 
 def test_a_loss_that_is_linear_in_the_weights_has_none() -> None:

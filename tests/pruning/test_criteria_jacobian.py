@@ -144,14 +144,13 @@ def test_neurons_by_probes(make, inputs, layer, axis) -> None:
     many = neuron_importance(module, layer, batch, probes=4000)
     # A probe's relative variance is 2 at most.
     torch.testing.assert_close(many, exact, rtol=4 * (2 / 4000) ** 0.5, atol=1e-9)
-    if exact.count_nonzero():
-        few = neuron_importance(module, layer, batch, probes=4)
-        assert (few - exact).norm() >= (many - exact).norm()
 
 
 @every_case
 @pytest.mark.parametrize("elements", [2**24, 7])
-def test_connections_exactly(make, inputs, layer, axis, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_exactly(
+    make, inputs, layer, axis, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lightning_structopt.pruning.jacobian._ELEMENTS", elements)
     module, batch = build(make), data(inputs)
     found = scores(JacobianImportance(Calibration(batch)), module)
@@ -185,7 +184,7 @@ def test_it_is_the_variance_that_noise_on_the_neuron_causes() -> None:
     importance = neuron_importance(module, "0", inputs)
     noise = torch.randn(20000, 1, 6).double() * 1e-4
     hidden = module[0](inputs) + noise * torch.eye(6).double()[:, None, None]  # on one neuron at a time
-    outputs = module[1:](hidden.reshape(-1, 6)).view(6, 20000, 3)
+    outputs = nn.Sequential(*list(module)[1:])(hidden.reshape(-1, 6)).view(6, 20000, 3)
     variance = outputs.var(1).sum(1) / 1e-8
     torch.testing.assert_close(variance.detach(), importance, rtol=0.05, atol=1e-6)
 
@@ -202,7 +201,9 @@ def test_many_outputs_are_probed_on_their_own() -> None:
     assert not torch.equal(found, neuron_importance(wide, "0", batch, seed=1))
     score = scores(JacobianImportance(Calibration(batch)), wide)["1.weight"]
     hidden = wide[0](batch).detach().square().mean(0)
-    torch.testing.assert_close(score.mean(0), (wide[1].weight.detach() ** 2).mean(0) * hidden, rtol=0.2, atol=0)
+    torch.testing.assert_close(
+        score.mean(0), (wide[1].weight.detach() ** 2).mean(0) * hidden, rtol=0.2, atol=0
+    )
 
 
 def test_batches_count_by_their_samples() -> None:
