@@ -150,7 +150,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         if buffer is not None
     ]
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    with _same_randomness(module), torch.inference_mode(False), torch.enable_grad():
+    with _same_randomness(module), _uncompiled(module), torch.inference_mode(False), torch.enable_grad():
         try:
             # The fast path of TransformerEncoderLayer goes around the modules within.
             torch.backends.mha.set_fastpath_enabled(False)
@@ -163,6 +163,28 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for part, name, buffer, value in buffers:
                     part._buffers[name] = buffer.copy_(value)
+
+
+def compiled_parts(module: nn.Module) -> list[str]:
+    """Return the names of those submodules, itself included, that ``torch.compile`` has to do with."""
+    return [
+        name
+        for name, part in module.named_modules()
+        # The wrapper; `module.compile()`; and what Lightning makes of a compiled LightningModule.
+        if type(part).__name__ == "OptimizedModule"
+        or getattr(part, "_compiled_call_impl", None) is not None
+        or getattr(part, "_compiler_ctx", None) is not None
+    ]
+
+
+@contextmanager
+def _uncompiled(module: nn.Module) -> Iterator[None]:
+    """Run without what is compiled, which leaves out new hooks and can't be differentiated twice."""
+    if not compiled_parts(module):  # as asking for it takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -126,7 +126,7 @@ class IterativePruning(Callback):
         self.verbose = verbose
 
         # Between fits everything rests here, as plain data: no reference to a module outlives its training.
-        self._state: dict[str, Any] = {"masks": {}, "rewinding": None}
+        self._state: dict[str, Any] = {"masks": {}, "rewinding": None, "evidence": {}}
         self._from_checkpoint = False
         self._run: PruningRun | None = None
         self._clock = Clock(self._window, interval, None if rewind is None else rewind.to)
@@ -190,7 +190,7 @@ class IterativePruning(Callback):
             run.load_state_dict(self._state)
             run.forget_pruned([], averaged_modules(trainer))
         self._from_checkpoint = False
-        run.guard.attach(trainer.optimizers, gradients_are_final=not _touch_gradients(trainer, pl_module))
+        run.attach(trainer.optimizers, gradients_are_final=not _touch_gradients(trainer, pl_module))
 
     @override
     def on_train_batch_start(
@@ -199,11 +199,9 @@ class IterativePruning(Callback):
         rewinder = self._in_training().rewinder
         if rewinder is not None and self._clock.to_be_marked(trainer):
             rewinder.mark(training_position(trainer))
-        moment = self._clock.reached(trainer)
-        if moment is not None and moment != self._moment:
-            self._moment = moment
-            self._prune(trainer, pl_module, self.ramp(self._clock.steps.progress(moment), self._target))
-            self._log(trainer, pl_module, on_step=True)
+        # A criterion that has seen nothing yet gets to see this batch first.
+        if self._is_due(trainer) and not self._in_training().collector.waits:
+            self._prune(trainer, pl_module)
         elif batch_idx == 0:
             self._log(trainer, pl_module, on_step=True)
 
@@ -212,7 +210,11 @@ class IterativePruning(Callback):
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
         # After unscaling and accumulation, before clipping.
-        self._in_training().guard.mask_gradients(optimizer)
+        run = self._in_training()
+        run.collector.observe_gradients(p for group in optimizer.param_groups for p in group["params"])
+        if self._is_due(trainer) and run.collector.has_all:
+            self._prune(trainer, pl_module)
+        run.guard.mask_gradients(optimizer)
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -271,17 +273,22 @@ class IterativePruning(Callback):
         assert self._run is not None, "called outside of fit"
         return self._run
 
-    def _prune(self, trainer: Any, pl_module: "pl.LightningModule", sparsity: float) -> None:
+    def _is_due(self, trainer: Any) -> bool:
+        """Whether the ramp has a step to take."""
+        return self._clock.reached(trainer) not in {None, self._moment}
+
+    def _prune(self, trainer: Any, pl_module: "pl.LightningModule") -> None:
         run = self._in_training()
-        if not run.prune(sparsity):
-            return
-        require_same_on_all_ranks(trainer, run.masks)
-        if run.rewinder is not None:
-            run.go_back(trainer.optimizers, training_position(trainer))
-            for callback in trainer.callbacks:
-                if hasattr(callback, "on_rewind"):  # `LRDecay`
-                    callback.on_rewind(trainer, pl_module)
-        run.forget_pruned(trainer.optimizers, averaged_modules(trainer))
+        self._moment = self._clock.reached(trainer) or 0
+        if run.prune(self.ramp(self._clock.steps.progress(self._moment), self._target)):
+            require_same_on_all_ranks(trainer, run.masks)
+            if run.rewinder is not None:
+                run.go_back(trainer.optimizers, training_position(trainer))
+                for callback in trainer.callbacks:
+                    if hasattr(callback, "on_rewind"):  # `LRDecay`
+                        callback.on_rewind(trainer, pl_module)
+            run.forget_pruned(trainer.optimizers, averaged_modules(trainer))
+        self._log(trainer, pl_module, on_step=True)
 
     def round_horizon(self, trainer: Any) -> Horizon:
         """Return the length of one round of training between rewindings, which is that of the first."""
@@ -317,7 +324,7 @@ class IterativePruning(Callback):
         """Keep what there is as plain data, and forget the module and its optimizers."""
         if self._run is not None:
             self._state = self.state_dict()
-            self._run.guard.detach()
+            self._run.detach()
             self._run = None
         release(self)
 

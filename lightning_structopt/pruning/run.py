@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from lightning_structopt._horizon import Horizon
 from lightning_structopt.pruning.criteria import Criterion
+from lightning_structopt.pruning.evidence import EvidenceCollector
 from lightning_structopt.pruning.guard import ZeroGuard
 from lightning_structopt.pruning.masks import MaskSet
 from lightning_structopt.pruning.one_shot import advance
@@ -32,12 +33,36 @@ class PruningRun:
         self.masks = masks
         self.rewinder = Rewinder(rewind, module) if rewind is not None else None
         self.guard = ZeroGuard(masks)
-        self._criterion = criterion
+        self.collector = EvidenceCollector(criterion, masks.parameters)
+        self._module = module
         self._pattern = pattern
+
+    def attach(self, optimizers: Sequence[Optimizer], *, gradients_are_final: bool) -> None:
+        """Begin to watch the module and its ``optimizers``, as :meth:`ZeroGuard.attach` says.
+
+        Raises:
+            ValueError: If the criterion can't score the weights of the module.
+        """
+        self.collector.attach(self._module)
+        self.guard.attach(optimizers, gradients_are_final=gradients_are_final)
+
+    def detach(self) -> None:
+        """Stop watching."""
+        self.collector.detach()
+        self.guard.detach()
 
     def prune(self, sparsity: float) -> bool:
         """Raise the sparsity to ``sparsity`` and tell whether anything changed."""
-        return advance(self.masks, sparsity, self._criterion, self._pattern)
+        changed = advance(
+            self.masks,
+            sparsity,
+            self.collector.criterion,
+            self._pattern,
+            lambda: self.collector.evidence(self._module, self.masks.sharding),
+        )
+        if changed:
+            self.collector.forget()
+        return changed
 
     def go_back(self, optimizers: Sequence[Optimizer], now: Horizon) -> None:
         """Rewind what is to be rewound; pruned weights stay zero."""
@@ -60,6 +85,7 @@ class PruningRun:
         return {
             "masks": self.masks.pack(),
             "rewinding": None if self.rewinder is None else self.rewinder.state_dict(),
+            "evidence": self.collector.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -71,3 +97,5 @@ class PruningRun:
         self.masks.unpack(state["masks"])
         if self.rewinder is not None and state["rewinding"] is not None:
             self.rewinder.load_state_dict(state["rewinding"])
+        if state["evidence"]:
+            self.collector.load_state_dict(state["evidence"])

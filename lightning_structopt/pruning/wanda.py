@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_structopt.pruning.calibration import (
     Calibration,
+    compiled_parts,
     require_calibration_type,
     require_unsharded,
     undisturbed,
@@ -63,6 +64,12 @@ class Wanda(Criterion):
         _layers(module, parameters)
         if self.calibration is not None:
             require_unsharded(self, Sharding.of(parameters))
+        elif compiled := compiled_parts(module):
+            raise ValueError(
+                "`Wanda` watches inputs by forward hooks, which compiled code may leave out. Found that "
+                f"`{compiled[0] or type(module).__name__}` is compiled by `torch.compile`. Give a `calibration`, "
+                "which runs without, or take a criterion of gradients such as `Taylor()`."
+            )
 
     @override
     def score(self, weights: Mapping[str, Tensor], evidence: Evidence = NOTHING) -> Scores:
@@ -133,7 +140,6 @@ def remove(handles: Iterable[RemovableHandle]) -> None:
         handle.remove()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _observe(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, name: str, sink: Sink
 ) -> None:

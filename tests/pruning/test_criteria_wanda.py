@@ -154,3 +154,25 @@ def test_a_layer_that_never_runs_is_an_error() -> None:
         prune(module, 0.5, criterion=Wanda(Calibration(torch.randn(2, 3))))
     with pytest.raises(ValueError, match="Found none of `0.weight`.*or give a `calibration`"):
         prune(module, 0.5, criterion=Wanda())
+
+
+def compiled(kind: str) -> nn.Module:
+    module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    if kind == "wrapped":
+        return torch.compile(module, backend="eager")
+    part = module if kind == "itself" else module[0]
+    part.compile(backend="eager")
+    return module
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "itself", "a part"])
+def test_compiled_modules_are_refused_in_training_and_calibrated_without(kind: str) -> None:
+    module, inputs = compiled(kind), torch.randn(5, 3)
+    module(inputs)  # compiles, so that hooks come too late
+    weights = {name: p for name, p in module.named_parameters() if p.ndim > 1}
+    with pytest.raises(ValueError, match="is compiled by `torch.compile`. Give a `calibration`"):
+        Wanda().require(module, weights)
+    Wanda(Calibration(inputs)).require(module, weights)
+    first = next(iter(weights))
+    found = scores(module, inputs, first)[first]
+    torch.testing.assert_close(found, weights[first].detach().abs() * inputs.norm(dim=0))
