@@ -98,6 +98,11 @@ def prunable(net: nn.Module) -> list[tuple[nn.Module, str]]:
     ]
 
 
+def even(net):
+    for m,n in prunable(net): nn.init.normal_(getattr(m,n),std=0.02)
+    return net
+
+
 def iterative_pruning(net: nn.Module) -> list[Callback]:
     ramp = OneShotRamp()
     return [IterativePruning(SPARSITY, ramp=ramp, begin=0, end=0.01, interval="step", verbose=False)]
@@ -157,7 +162,7 @@ class Entrant:
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
-        self.module = Classifier(self.task.build(), self.make_optimizer)
+        self.module = Classifier(even(self.task.build()), self.make_optimizer)
         self.timer = StepTimer()
         callbacks = [self.timer, *self.make_callbacks(self.module.net)]
         self.trainer = quiet_trainer(max_epochs=0, callbacks=callbacks)

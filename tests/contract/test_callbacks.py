@@ -30,6 +30,13 @@ CALLBACKS: dict[str, Make] = {
         exclude="net.3.*",
         verbose=False,
     ),
+    "IterativePruning, gradients": lambda: so.IterativePruning(
+        0.8, criterion=so.Taylor(), begin=0.0, interval="step", every=3, verbose=False
+    ),
+    "IterativePruning, movement": lambda: so.IterativePruning(0.8, criterion=so.Movement(), verbose=False),
+    "IterativePruning, inputs": lambda: so.IterativePruning(
+        0.5, criterion=so.Wanda(), pattern=so.NByM(2, 4), verbose=False
+    ),
     "IterativePruning, rewinding": lambda: so.IterativePruning(
         0.8, begin=0.3, rewind=so.RewindWeights(to=0.25), verbose=False
     ),
