@@ -77,7 +77,9 @@ def stepwise(module: LeNet, sparsity: float) -> list[Callback]:
 
 def geometric(module: LeNet, sparsity: float) -> list[Callback]:
     ramp = GeometricRamp()
-    return [IterativePruning(sparsity, ramp=ramp, begin=0.1, end=0.75, interval="step", every=50, verbose=False)]
+    return [
+        IterativePruning(sparsity, ramp=ramp, begin=0.1, end=0.75, interval="step", every=50, verbose=False)
+    ]
 
 
 CONTENDERS: dict[str, Contender] = {

@@ -39,6 +39,7 @@ from lightning_structopt.pruning import (
     prune,
     sensitivity,
 )
+from lightning_structopt.regularization import L1, L2, GroupLasso, Penalty, SparsityPenalty
 from lightning_structopt.schedules import (
     Constant,
     Cosine,
@@ -54,6 +55,8 @@ from lightning_structopt.schedules import (
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "L1",
+    "L2",
     "LAMP",
     "BatchNormScale",
     "Block",
@@ -68,6 +71,7 @@ __all__ = [
     "GeometricMedian",
     "GeometricRamp",
     "GradientSquared",
+    "GroupLasso",
     "HessianDiagonal",
     "IterativePruning",
     "JacobianImportance",
@@ -82,6 +86,7 @@ __all__ = [
     "OneCycleRamp",
     "OneShotRamp",
     "Pattern",
+    "Penalty",
     "PerLayer",
     "Polynomial",
     "Ramp",
@@ -90,6 +95,7 @@ __all__ = [
     "RewindLR",
     "RewindWeights",
     "Schedule",
+    "SparsityPenalty",
     "Step",
     "Taylor",
     "Uniform",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 
 from lightning_structopt._checks import require_type, require_whole
 from lightning_structopt.pruning.sharding import Sharding
@@ -41,8 +42,9 @@ class Calibration:
         >>> calibration = Calibration(batches, limit=10)
     """
 
-    # Data has neither a truth value when compared nor a hash.
-    batches: Iterable[Any] = field(compare=False)
+    # Data has neither a truth value when compared nor a hash. The loader is named, without its type argument,
+    # so that a YAML file can make one by `class_path`.
+    batches: DataLoader | Iterable[Any] = field(compare=False)  # type: ignore[type-arg]
     loss: Loss | None = None
     limit: int | None = None
 

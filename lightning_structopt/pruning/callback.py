@@ -1,6 +1,6 @@
 """Iterative pruning as a Lightning callback."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -263,6 +263,18 @@ class IterativePruning(Callback):
             f"include={code_of(self.include)}, exclude={code_of(self.exclude)}, spare={self.spare!r}, "
             f"verbose={self.verbose!r})"
         )
+
+    def prune_zeros(self, trainer: "pl.Trainer", names: Iterable[str]) -> None:
+        """Hold at zero from now on, whatever the ramp says, what is zero in parameters of these ``names``.
+
+        Args:
+            trainer: The trainer whose ``fit`` is under way.
+            names: Of parameters; those that another callback owns are left to it.
+        """
+        run = self._in_training()
+        if run.masks.prune_zeros(names):
+            require_same_on_all_ranks(trainer, run.masks)
+            run.forget_pruned(trainer.optimizers, averaged_modules(trainer))
 
     def _masks_of(self, pl_module: "pl.LightningModule") -> MaskSet:
         return masks_for(

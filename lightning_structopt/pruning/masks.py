@@ -75,6 +75,12 @@ class MaskSet:
         self.pruned = self.total - self.sharding.total(kept)
         self.apply()
 
+    def prune_zeros(self, names: Iterable[str]) -> bool:
+        """Also prune what is zero in those of these parameters that ``names`` lists; say whether anything was."""
+        before, masks, weights = self.pruned, self.masks(), self.weights()
+        self.update(masks | {name: masks[name] & (weights[name] != 0) for name in names if name in masks})
+        return self.pruned != before
+
     def apply(self) -> None:
         """Zero the pruned weights."""
         if self._factors:

@@ -91,7 +91,8 @@ class L1(Penalty):
     @override
     def proximal(self, weight: Tensor, step: Step) -> Tensor:
         threshold = step * self.strength
-        return weight - torch.clamp(weight, -threshold, threshold)  # x - x: exactly zero within
+        within = torch.clamp(weight, -threshold, threshold)  # type: ignore[arg-type]
+        return weight - within  # exactly zero where the two are the same
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,11 @@ class GroupLasso(Penalty):
         return weight * (1 - threshold / _norm(weight, self._within(weight))).clamp_min(0)
 
     def _within(self, weight: Tensor) -> tuple[int, ...]:
-        """Return the dimensions over which a group extends."""
+        """Return the dimensions over which a group extends.
+
+        Raises:
+            ValueError: If ``weight`` has less than two dimensions.
+        """
         if weight.ndim < 2:
             raise ValueError(
                 f"`GroupLasso` needs weights of two or more dimensions. Found shape {tuple(weight.shape)}. Use `L1`."
@@ -255,7 +260,9 @@ def _sgd(group: Mapping[str, Any], state: Mapping[str, Any]) -> Step:
 
 def _adam(group: Mapping[str, Any], state: Mapping[str, Any]) -> Step:
     moment = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
-    correction = 1 - float(group["betas"][1]) ** float(state["step"])
+    correction = (
+        1 - group["betas"][1] ** state["step"]
+    )  # a tensor, maybe on an accelerator: nothing waits for it
     return _divide(group["lr"], (_wide(moment) / correction).sqrt() + group["eps"])
 
 
@@ -267,7 +274,7 @@ def _rmsprop(group: Mapping[str, Any], state: Mapping[str, Any]) -> Step:
 
 
 def _adagrad(group: Mapping[str, Any], state: Mapping[str, Any]) -> Step:
-    lr = group["lr"] / (1 + (float(state["step"]) - 1) * group["lr_decay"])
+    lr = group["lr"] / (1 + (state["step"] - 1) * group["lr_decay"])
     return _divide(lr, _wide(state["sum"]).sqrt() + group["eps"])
 
 
@@ -276,7 +283,8 @@ def _adamax(group: Mapping[str, Any], state: Mapping[str, Any]) -> Step:
 
 
 def _divide(lr: Any, denominator: Tensor) -> Tensor:
-    return float(lr) / denominator.clamp_min(_smallest(denominator))
+    sizes: Tensor = lr / denominator.clamp_min(_smallest(denominator))
+    return sizes
 
 
 def _wide(tensor: Tensor) -> Tensor:

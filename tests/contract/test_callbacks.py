@@ -40,6 +40,12 @@ CALLBACKS: dict[str, Make] = {
     "IterativePruning, rewinding": lambda: so.IterativePruning(
         0.8, begin=0.3, rewind=so.RewindWeights(to=0.25), verbose=False
     ),
+    "SparsityPenalty, proximal": lambda: so.SparsityPenalty(
+        so.L1(1e-2), schedule=so.Warmup(5, then=so.Constant())
+    ),
+    "SparsityPenalty, gradient": lambda: so.SparsityPenalty(
+        so.GroupLasso(1e-2, groups="channel"), mode="gradient", include="net.0.*"
+    ),
     "LRDecay, steps": lambda: so.LRDecay(so.Warmup(3, then=so.Cosine(minimum=0.1))),
     "LRDecay, epochs": lambda: so.LRDecay(so.Polynomial(power=2.0), interval="epoch"),
     "LRDecay, horizon": lambda: so.LRDecay(so.Linear(), horizon=9),
@@ -203,6 +209,13 @@ CONFIGURATIONS = {
             interval: step
             include: ['net.*', torch.nn.Linear]
             verbose: false
+    """,
+    "SparsityPenalty": """
+        - class_path: lightning_structopt.SparsityPenalty
+          init_args:
+            penalty: {class_path: lightning_structopt.GroupLasso, init_args: {strength: 0.01, groups: channel}}
+            schedule: {class_path: lightning_structopt.Linear}
+            exclude: net.3.*
     """,
     "LRDecay": """
         - class_path: lightning_structopt.LRDecay

@@ -1,5 +1,6 @@
 """A run that was killed and resumed ends with the same weights, masks and optimizer state, bit for bit."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,8 @@ def run(
 ) -> Any:
     last = ModelCheckpoint(root, save_last=True, **kwargs.pop("saving", {}))
     this = trainer(root, *([callback] if callback else []), last, *more, max_epochs=EPOCHS, **kwargs)
-    try:
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
         this.fit(module, data, ckpt_path=ckpt)
-    except (KeyboardInterrupt, SystemExit):
-        pass
     return this
 
 

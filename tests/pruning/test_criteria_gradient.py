@@ -4,6 +4,7 @@ import copy
 from collections import namedtuple
 from typing import Any
 
+import jsonargparse
 import pytest
 import torch
 from support import assert_same_state
@@ -286,6 +287,31 @@ def test_a_criterion_of_ones_own_takes_a_line() -> None:
     assert (
         Signed().score({"a": weight}, Evidence(totals={"a": total}, steps={"a": 2})).values["a"] == 1.5
     ).all()
+
+
+def test_a_calibration_can_come_from_yaml() -> None:
+    """As in a LightningCLI file."""
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--criterion", type=Criterion)
+    data = {"class_path": f"{TensorDataset.__module__}.TensorDataset"}
+    config = {
+        "class_path": "lightning_structopt.pruning.gradient_criteria.Taylor",
+        "init_args": {
+            "p": 2,
+            "calibration": {
+                "batches": {
+                    "class_path": "torch.utils.data.DataLoader",
+                    "init_args": {"dataset": data, "batch_size": 4},
+                },
+                "loss": "torch.nn.functional.mse_loss",
+                "limit": 3,
+            },
+        },
+    }
+    instantiate = getattr(parser, "instantiate", parser.instantiate_classes)  # renamed in jsonargparse 4.49
+    criterion = instantiate(parser.parse_object({"criterion": config})).criterion
+    assert (criterion.p, criterion.calibration.limit, criterion.calibration.batches.batch_size) == (2, 3, 4)
+    assert criterion.calibration.loss is nn.functional.mse_loss
 
 
 @pytest.mark.parametrize(
