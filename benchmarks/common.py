@@ -61,11 +61,13 @@ def quiet_trainer(**kwargs: Any) -> pl.Trainer:
     )
 
 
-def parse_arguments(name: str, description: str | None) -> argparse.Namespace:
-    """Parse ``--fast`` and ``--output``; a fast run writes only where it is told to."""
+def parse_arguments(name: str, description: str | None, **numbers: int) -> argparse.Namespace:
+    """Parse ``--fast``, ``--output`` and ``numbers`` by name; a fast run writes only where it is told to."""
     parser = argparse.ArgumentParser(prog=f"python benchmarks/{name}.py", description=description)
     parser.add_argument("--fast", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--output", type=Path, help=f"JSON file; by default benchmarks/results/{name}.json")
+    for option, default in numbers.items():
+        parser.add_argument(f"--{option}", type=int, default=default, help=f"by default {default}")
     arguments = parser.parse_args()
     if arguments.output is None and not arguments.fast:
         arguments.output = RESULTS / f"{name}.json"

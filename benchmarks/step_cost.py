@@ -203,11 +203,13 @@ class Entrant:
 def contest(
     task: Task, make_optimizer: MakeOptimizer, rounds: int, settling: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for every entrant: first just after pruning, then after ``settling`` steps."""
+    """Yield a row for every entrant: first just after pruning, then after ``settling`` steps if there are any."""
     entrants = {name: Entrant(task, make_optimizer, make) for name, make in ENTRANTS.items()}
     for entrant in entrants.values():
         entrant.train(entrant.batches)  # ModelPruning prunes at the end of this
     yield from race(entrants, rounds, after=0)
+    if settling == 0:
+        return
     for entrant in entrants.values():
         entrant.train(random_batches(task, settling, batch_size=2))
     yield from race(entrants, rounds, after=settling)
@@ -258,8 +260,8 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    arguments = parse_arguments("step_cost", __doc__)
-    rounds, settling = (2, 5) if arguments.fast else (16, SETTLING)
+    arguments = parse_arguments("step_cost", __doc__, rounds=16, settling=SETTLING)
+    rounds, settling = (2, 5) if arguments.fast else (arguments.rounds, arguments.settling)
     rows: list[dict[str, Any]] = []
     for optimizer in ["Adam"] if arguments.fast else OPTIMIZERS:
         block: list[dict[str, Any]] = []

@@ -106,9 +106,12 @@ class Wanda(Criterion):
                     module(inputs)
         finally:
             remove(handles)
-        steps = {name: evidence.count_over_ranks(int(name in totals)) for name in weights}
-        shared = {name: evidence.sum_over_ranks(total) for name, total in totals.items()}
-        return replace(evidence, totals=shared, steps=steps)
+        # All ranks go through the same names, whichever layers ran where, and in whatever order.
+        ranks = 1 if evidence.group is None else evidence.group.size()
+        seen = {name: evidence.count_over_ranks(int(name in totals)) for name in weights}
+        everywhere = {name: count for name, count in seen.items() if count == ranks}
+        shared = {name: evidence.sum_over_ranks(totals[name]) for name in everywhere}
+        return replace(evidence, totals=shared, steps=everywhere)
 
 
 def watch_inputs(module: nn.Module, parameters: Mapping[str, Tensor], sink: Sink) -> list[RemovableHandle]:
@@ -167,8 +170,8 @@ def _squares_under_kernel(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tens
     places = len(layer.kernel_size)
     batched = inputs if inputs.dim() == places + 2 else inputs.unsqueeze(0)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = nn.functional.pad(batched, layer._reversed_padding_repeated_twice, mode=mode)
-    squares = padded.square().sum(0, keepdim=True)
+    summed = batched.square().sum(0, keepdim=True)  # first, as padding squares or sums is all the same
+    squares = nn.functional.pad(summed, layer._reversed_padding_repeated_twice, mode=mode)
     outputs = [
         (size - dilation * (kernel - 1) - 1) // stride + 1
         for size, dilation, kernel, stride in zip(
