@@ -214,7 +214,8 @@ class IterativePruning(Callback):
         run.collector.observe_gradients(p for group in optimizer.param_groups for p in group["params"])
         if self._is_due(trainer) and run.collector.has_all:
             self._prune(trainer, pl_module)
-        run.guard.mask_gradients(optimizer)
+        if trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", pl_module):
+            run.guard.mask_gradients(optimizer)
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

@@ -266,15 +266,32 @@ def test_zero_sparsity_prunes_nothing(tmp_path: Path) -> None:
 
 
 def test_state_of_newly_pruned_weights_is_zeroed(tmp_path: Path) -> None:
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            sparsity = pruning.sparsity
+            if sparsity > (self.seen[-1] if self.seen else 0):
+                self.seen.append(sparsity)
+                for name, mask in pruning.masks.items():
+                    state = trainer.optimizers[0].state[dict(pl_module.named_parameters())[name]]
+                    assert not state["exp_avg"][~mask].any()
+                    assert not state["exp_avg_sq"][~mask].any()
+                    assert state["exp_avg_sq"][mask].all()
+
+        seen: list[float] = []
+
+    pruning, look = quiet(), Look()
+    fit(tmp_path, Classifier(adamw), pruning, look)
+    assert len(look.seen) > 3
+
+
+def test_clipping_leaves_nothing_of_dead_weights_in_the_optimizer(tmp_path: Path) -> None:
     module, pruning = Classifier(adamw), quiet()
-    run = trainer(tmp_path, pruning)
+    run = trainer(tmp_path, pruning, gradient_clip_val=0.1)
     run.fit(module, loader())
-    optimizer = run.optimizers[0]
     for name, mask in pruning.masks.items():
-        state = optimizer.state[dict(module.named_parameters())[name]]
+        state = run.optimizers[0].state[dict(module.named_parameters())[name]]
         assert not state["exp_avg"][~mask].any()
         assert not state["exp_avg_sq"][~mask].any()
-        assert state["exp_avg_sq"][mask].all()
 
 
 def test_an_optimizer_without_the_pruned_parameters_is_fine(tmp_path: Path) -> None:
