@@ -60,7 +60,7 @@ def test_a_penalty_does_not_revive_what_is_pruned(
 @pytest.mark.parametrize(
     ("penalty", "optimizer"),
     [(L1(0.02), sgd), (L1(0.1), adamw), (GroupLasso(0.1, "channel"), adamw)],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_zeros_at_the_end_of_an_epoch_stay(
     tmp_path: Path, penalty: Any, optimizer: Any, interval: Any, order: int
