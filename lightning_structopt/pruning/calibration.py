@@ -1,14 +1,12 @@
-"""Data by which weights are scored, and a module that is none the worse for it."""
+"""Data by which weights are scored."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from lightning_structopt._checks import require_type, require_whole
@@ -139,94 +137,6 @@ def require_unsharded(criterion: object, sharding: Sharding) -> None:
             "sharded over ranks (FSDP2). Call `prune` before the module is sharded, or take a criterion that "
             "learns from training: `Taylor()`, `GradientSquared()`, `Movement()` or `Wanda()`."
         )
-
-
-@contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Put ``module`` into evaluation mode, with gradients and reproducible randomness, and restore all after."""
-    modes = [(part, part.training) for part in module.modules()]
-    buffers = [
-        (part, name, buffer, buffer.clone())
-        for part in module.modules()
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    with _same_randomness(module), _uncompiled(module), torch.inference_mode(False), torch.enable_grad():
-        try:
-            # The fast path of TransformerEncoderLayer goes around the modules within.
-            torch.backends.mha.set_fastpath_enabled(False)
-            module.eval()
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
-            for part, mode in modes:
-                part.training = mode
-            with torch.no_grad():
-                for part, name, buffer, value in buffers:
-                    part._buffers[name] = buffer.copy_(value)
-
-
-def compiled_parts(module: nn.Module) -> list[str]:
-    """Return the names of those submodules, itself included, that ``torch.compile`` has to do with."""
-    return [
-        name
-        for name, part in module.named_modules()
-        # The wrapper; `module.compile()`; and what Lightning makes of a compiled LightningModule.
-        if type(part).__name__ == "OptimizedModule"
-        or getattr(part, "_compiled_call_impl", None) is not None
-        or getattr(part, "_compiler_ctx", None) is not None
-    ]
-
-
-@contextmanager
-def _uncompiled(module: nn.Module) -> Iterator[None]:
-    """Run without what is compiled, which leaves out new hooks and can't be differentiated twice."""
-    if not compiled_parts(module):  # as asking for it takes a second
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextmanager
-def trainable(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let the frozen ones among ``parameters`` have gradients for a while."""
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-@contextmanager
-def _same_randomness(module: nn.Module) -> Iterator[None]:
-    devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(0)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(0)
-        yield
-
-
-@contextmanager
-def plain_kernels(module: nn.Module) -> Iterator[None]:
-    """Run attention and recurrent layers by kernels that can be differentiated twice, and row by row."""
-    recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn) if recurrent else ()
-    before = [backend.enabled for backend in backends]
-    with sdpa_kernel(SDPBackend.MATH):
-        try:
-            # By attribute: their `flags()` would set, and warn of, other options too.
-            for backend in backends:
-                backend.enabled = False
-            yield
-        finally:
-            for backend, enabled in zip(backends, before, strict=True):
-                backend.enabled = enabled
 
 
 def _cross_entropy(module: nn.Module, batch: Any) -> Tensor:

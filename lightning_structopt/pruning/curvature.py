@@ -10,15 +10,13 @@ from typing_extensions import override
 from lightning_structopt._checks import require_whole
 from lightning_structopt.pruning.calibration import (
     Calibration,
-    plain_kernels,
     require_calibration,
     require_calibration_type,
     require_unsharded,
-    trainable,
-    undisturbed,
 )
 from lightning_structopt.pruning.criteria import NOTHING, Criterion, Evidence, Scores, widened
 from lightning_structopt.pruning.sharding import Sharding
+from lightning_structopt.pruning.undisturbed import plain_attention, trainable, undisturbed
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class HessianDiagonal(Criterion):
         parameters = [evidence.parameter(name) for name in weights]
         generator = torch.Generator().manual_seed(self.seed)
         count = 0
-        with undisturbed(module), plain_kernels(module), trainable(parameters):
+        with undisturbed(module), plain_attention(), trainable(parameters):
             totals = [torch.zeros_like(widened(weight)) for weight in weights.values()]
             for loss in calibration.losses(module):
                 for diagonal in _estimates(loss, parameters, self.probes, generator):

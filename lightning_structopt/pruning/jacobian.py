@@ -11,16 +11,14 @@ from typing_extensions import override
 from lightning_structopt._checks import require_whole
 from lightning_structopt.pruning.calibration import (
     Calibration,
-    plain_kernels,
     require_calibration,
     require_calibration_type,
     require_unsharded,
-    trainable,
-    undisturbed,
 )
 from lightning_structopt.pruning.criteria import NOTHING, Criterion, Evidence, Scores, widened
 from lightning_structopt.pruning.curvature import random_signs
 from lightning_structopt.pruning.sharding import Sharding
+from lightning_structopt.pruning.undisturbed import plain_attention, trainable, undisturbed
 
 _EXACT_UP_TO = 256  # outputs of a sample; for more, as many probes cost less and are off by at most 9%
 _ELEMENTS = 2**24  # of gradients that are held at once: 64 MiB in float32
@@ -76,7 +74,7 @@ class JacobianImportance(Criterion):
         parameters = [evidence.parameter(name) for name in weights]
         generator = torch.Generator().manual_seed(self.seed)
         samples = 0
-        with undisturbed(module), plain_kernels(module), trainable(parameters):
+        with undisturbed(module), plain_attention(), trainable(parameters):
             totals = [torch.zeros_like(widened(weight)) for weight in weights.values()]
             for batch in calibration.inputs(module):
                 for outputs, probes in self._passes(module, batch):

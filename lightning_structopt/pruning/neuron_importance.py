@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_structopt.pruning.calibration import Calibration, plain_kernels, undisturbed
+from lightning_structopt.pruning.calibration import Calibration
 from lightning_structopt.pruning.jacobian import (
     check_probes,
     outputs_of,
@@ -15,6 +15,7 @@ from lightning_structopt.pruning.jacobian import (
     require_samples,
     sum_of_squares,
 )
+from lightning_structopt.pruning.undisturbed import plain_attention, undisturbed
 
 _ROWS_OF_FEATURES = (nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 _FEATURE_MAPS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
@@ -70,7 +71,7 @@ def neuron_importance(
     batches = Calibration(inputs).inputs(module)
     generator = torch.Generator().manual_seed(seed)
     total, samples = None, 0
-    with undisturbed(module), plain_kernels(module):
+    with undisturbed(module), plain_attention():
         for batch in batches:
             with _watched(part, layer) as passes:
                 outputs = outputs_of(module, batch)

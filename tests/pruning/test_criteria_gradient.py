@@ -124,6 +124,8 @@ def test_low_precision_is_added_up_in_float32() -> None:
     )
     assert many.dtype == torch.float32
     torch.testing.assert_close(one, many)
+    (gradient,) = gradients(module, data[:1])
+    assert torch.equal(one, (module.weight.detach().float() * gradient["weight"].float()).abs())
 
 
 @pytest.mark.parametrize(
@@ -273,7 +275,22 @@ def test_transformers_and_recurrent_layers(make: Any) -> None:
         module, 0.5, criterion=make(Calibration(data)), pattern=Unstructured("layer"), exclude=exclude
     )
     assert all(mask.sum() == mask.numel() // 2 for mask in masks.values())
-    assert torch.backends.mkldnn.enabled
+
+
+@every_calibrated
+def test_recurrent_layers_run_without_cudnn_which_needs_training_mode(make: Any) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recur, self.head = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            seen.append(torch.backends.cudnn.enabled)
+            return self.head(self.recur(inputs[:, None])[0][:, -1])
+
+    seen: list[bool] = []
+    prune(Recurrent(), 0.5, criterion=make(Calibration(batches())), include="head.*")
+    assert set(seen) == {False}
     assert torch.backends.cudnn.enabled
 
 

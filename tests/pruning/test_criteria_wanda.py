@@ -103,6 +103,21 @@ def test_each_layer_sees_its_own_inputs_and_a_shared_one_sees_all() -> None:
     torch.testing.assert_close(found["5.weight"], module[5].weight.detach().abs() * seen[5].norm(dim=0))
 
 
+def test_a_frozen_transformer_takes_no_short_cut_around_its_layers() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            padding = torch.tensor([[False, False, True]] * len(inputs))
+            return self.encoder(inputs, src_key_padding_mask=padding)
+
+    module, name = Padded().requires_grad_(False), "encoder.layers.0.linear1.weight"
+    frozen = scores(module, inputs := torch.randn(2, 3, 4), name)[name]
+    torch.testing.assert_close(frozen, scores(module.requires_grad_(True), inputs, name)[name])
+
+
 def test_half_precision_does_not_overflow() -> None:
     layer = nn.Linear(3, 2).half()
     found = scores(layer, torch.full((4, 3), 1000.0).half(), "weight")["weight"]
