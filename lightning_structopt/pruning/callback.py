@@ -238,8 +238,9 @@ class IterativePruning(Callback):
     def on_exception(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException
     ) -> None:
-        if self._run is not None and self._run.masks.sharding.mesh is not None:
-            self._run = None  # putting sharded masks together would wait for ranks that may be gone
+        if self._run is not None and self._run.shares_state:
+            self._run.detach()
+            self._run = None  # putting its parts together would wait for ranks that may be gone
         self._let_go()
 
     @override

@@ -80,6 +80,11 @@ class PruningRun:
         for average in averages:
             self.masks.apply_to_copy(average)
 
+    @property
+    def shares_state(self) -> bool:
+        """Whether ranks have different parts, so that all must call :meth:`state_dict` together."""
+        return self.masks.sharding.mesh is not None or self.collector.shares_state
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything to go on from, as plain data; all ranks call it together."""
         return {

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_structopt._checks import require_choice, require_in
-from lightning_structopt.pruning.criteria import Criterion, Magnitude
+from lightning_structopt.pruning.criteria import Criterion, Evidence, Magnitude
 from lightning_structopt.pruning.distributions import PerLayer
 from lightning_structopt.pruning.masks import MaskSet
 from lightning_structopt.pruning.one_shot import advance
@@ -193,7 +193,8 @@ def _with_one_pruned(
 ) -> float:
     whole = parameter.detach().clone()
     try:
-        advance(MaskSet({name: parameter}), sparsity, criterion or Magnitude(), Unstructured())
+        masks = MaskSet({name: parameter})
+        advance(masks, sparsity, criterion or Magnitude(), Unstructured(), lambda: Evidence(module))
         return _evaluate(module, loader, metric)
     finally:
         parameter.copy_(whole)

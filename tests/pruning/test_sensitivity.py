@@ -8,7 +8,14 @@ from support import Classifier, assert_same_state, dataset, loader, trainer, zer
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_structopt.pruning import IterativePruning, Unstructured, prune, sensitivity
+from lightning_structopt.pruning import (
+    Calibration,
+    IterativePruning,
+    Taylor,
+    Unstructured,
+    prune,
+    sensitivity,
+)
 from lightning_structopt.pruning.sensitivity import Sensitivity
 
 
@@ -36,6 +43,14 @@ def test_takes_a_torchmetric_and_leaves_the_module_as_it_was() -> None:
     assert_same_state(dict(module.state_dict()), before)
     assert module.training
     assert not module.net[1].training
+
+
+def test_takes_a_criterion_that_needs_data() -> None:
+    criterion = Taylor(calibration=Calibration(loader()))
+    found = sensitivity(Classifier(), loader(), loss, (0.5,), mode="min", criterion=criterion, progress=False)
+    by_magnitude = sensitivity(Classifier(), loader(), loss, (0.5,), mode="min", progress=False)
+    assert found.baseline == by_magnitude.baseline
+    assert found.metrics != by_magnitude.metrics
 
 
 def test_the_module_is_restored_when_the_metric_fails() -> None:
