@@ -7,7 +7,7 @@ All methods run in turn within each repeat, so that a busy machine slows them al
 
 import argparse
 import multiprocessing
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -58,14 +58,20 @@ def weights(size: int) -> list[Tensor]:
     return [torch.empty(size // TENSORS).normal_() for _ in range(TENSORS)]
 
 
+def peak_memory() -> int:
+    """Return the most bytes this process has held; `ru_maxrss` would start from its parent's."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
 def extra_memory(size: int) -> float:
     """Return the peak of extra memory as a share of the weights; in a process of its own."""
     tensors = weights(size)
     ours([torch.ones(9)], 9)  # loads code
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     ours(tensors, round(SHARE * size))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (after - before) * 1024 / sum(t.nbytes for t in tensors)
+    return (peak_memory() - before) / sum(t.nbytes for t in tensors)
 
 
 def measure(size: int, repeats: int) -> dict[str, Any]:
