@@ -45,11 +45,10 @@ class SparsityPenalty(Callback):
     Args:
         penalty: ``L1``, ``L2``, ``GroupLasso`` or a :class:`~lightning_structopt.Penalty` of your own.
         mode: ``"proximal"`` or ``"gradient"``.
-        schedule: What the strength is multiplied by over training, in optimizer steps (under manual
-            optimization without ``max_steps``: batches).
-        include: Which parameters to penalize: globs on their names or module types, as in
-            :class:`~lightning_structopt.IterativePruning`. By default all weights of two or more dimensions of
-            linear, convolutional, attention and recurrent layers.
+        schedule: What the strength is multiplied by, over optimizer steps (over batches under manual optimization
+            without ``max_steps``).
+        include: Which parameters to penalize: globs or module types, with the meaning and the default that they
+            have in :class:`~lightning_structopt.IterativePruning`.
         exclude: Which of them to leave alone, likewise.
         freeze_zeros: Whether ``IterativePruning`` of the same trainer takes over what is zero at the end of each
             epoch, so that it stays zero. It counts in that callback's sparsity, even above its target.
@@ -120,16 +119,13 @@ class SparsityPenalty(Callback):
         self._length = self._horizon_of(trainer)
         if self.freeze_zeros:
             _require_pruned(trainer, self._parameters)
-        for optimizer in trainer.optimizers:
-            if self.mode == "proximal":
-                self._hooks.append(optimizer.register_step_post_hook(self._after_step))
-            else:
-                self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
 
     @override
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
+        if not self._hooks:  # not earlier: the map is to find weights that `IterativePruning` has masked
+            self._hooks = [self._attach(optimizer) for optimizer in trainer.optimizers]
         if self.schedule is not None:
             self._factor = self.schedule(steps_taken(trainer), self._length)
 
@@ -190,6 +186,11 @@ class SparsityPenalty(Callback):
 
     def _select(self, pl_module: nn.Module) -> dict[str, nn.Parameter]:
         return select_parameters(pl_module, self.include or None, self.exclude or None)
+
+    def _attach(self, optimizer: Optimizer) -> RemovableHandle:
+        if self.mode == "proximal":
+            return optimizer.register_step_post_hook(self._after_step)
+        return optimizer.register_step_pre_hook(self._before_step)
 
     def _stepped(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
         """Yield the chosen weights that ``optimizer`` moves in this step, with their parameter groups."""

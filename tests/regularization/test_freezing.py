@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from support import Classifier, ManualClassifier, adamw, loader, sgd, trainer, zeros
+from support import Classifier, ManualClassifier, adamw, assert_same_state, loader, sgd, trainer, zeros
 
 from lightning_structopt.pruning import IterativePruning
 from lightning_structopt.pruning.masks import MaskSet
@@ -53,6 +53,25 @@ def test_a_penalty_does_not_revive_what_is_pruned(
     fit(tmp_path, module, pruning, *[SparsityPenalty(penalty, mode), pruning][::order])
     assert pruning.sparsity == round(0.8 * WEIGHTS) / WEIGHTS
     assert zeros(module) >= round(0.8 * WEIGHTS)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("mode", ["proximal", "gradient"])
+@pytest.mark.parametrize("penalty", [L1(0.02), GroupLasso(0.02), GroupLasso(0.02, "channel")], ids=repr)
+def test_the_order_of_the_callbacks_does_not_matter(
+    tmp_path: Path, penalty: Any, mode: Any, clip: float | None
+) -> None:
+    one, other = Classifier(), Classifier()
+    for module, order in ((one, 1), (other, -1)):
+        pruning = quiet(0.5, interval="step")
+        fit(
+            tmp_path,
+            module,
+            pruning,
+            *[SparsityPenalty(penalty, mode), pruning][::order],
+            gradient_clip_val=clip,
+        )
+    assert_same_state(one.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize("order", [1, -1], ids=["penalty first", "pruning first"])

@@ -122,6 +122,25 @@ def test_one_map_for_each_optimizer_step(tmp_path: Path, accumulate: int) -> Non
     assert penalty.shapes == [(16, 12), (4, 16)] * steps
 
 
+@pytest.mark.parametrize("mode", ["proximal", "gradient"])
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.float32), ("64-true", torch.float64)])
+def test_penalties_are_computed_in_single_precision_at_least(
+    tmp_path: Path, mode: Any, precision: Any, dtype: torch.dtype
+) -> None:
+    class Watching(L1):
+        def proximal(self, weight: Tensor, step: Any) -> Tensor:
+            dtypes.append(weight.dtype)
+            return super().proximal(weight, step)
+
+        def gradient(self, weight: Tensor) -> Tensor:
+            dtypes.append(weight.dtype)
+            return super().gradient(weight)
+
+    dtypes: list[torch.dtype] = []
+    fit(tmp_path, Classifier(), SparsityPenalty(Watching(0.1), mode), precision=precision)
+    assert set(dtypes) == {dtype}
+
+
 def test_the_step_follows_the_rate_and_the_momentum(tmp_path: Path) -> None:
     class Decaying(Classifier):
         def configure_optimizers(self) -> Any:
