@@ -19,6 +19,7 @@ from lightning_structopt.pruning.ramps import (
     OneShotRamp,
     Ramp,
 )
+from lightning_structopt.pruning.regrowth import Regrow, RigL
 from lightning_structopt.pruning.rewinding import Rewind, RewindLR, RewindWeights
 from lightning_structopt.pruning.sensitivity import Sensitivity, sensitivity
 from lightning_structopt.pruning.threshold import kth_smallest
@@ -52,9 +53,11 @@ __all__ = [
     "PerLayer",
     "Ramp",
     "Random",
+    "Regrow",
     "Rewind",
     "RewindLR",
     "RewindWeights",
+    "RigL",
     "Scores",
     "Sensitivity",
     "Taylor",

@@ -1,6 +1,6 @@
 """Iterative pruning as a Lightning callback."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -13,24 +13,24 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_in, require_lightning, require_type
-from lightning_structopt._horizon import Horizon, training_position
+from lightning_structopt._horizon import Horizon, steps_taken, training_position
 from lightning_structopt._release import release
 from lightning_structopt.pruning.clock import Clock
 from lightning_structopt.pruning.criteria import Criterion, Magnitude
 from lightning_structopt.pruning.host import (
     averaged_modules,
-    require_end,
-    require_optimizers_keep_zeros,
-    require_rewindable,
+    require_fitting_trainer,
     require_same_on_all_ranks,
-    require_strategy_keeps_parameters,
+    require_sole_owner,
+    restart_rates,
 )
 from lightning_structopt.pruning.masks import MaskSet, unpack_bits
 from lightning_structopt.pruning.one_shot import masks_for
 from lightning_structopt.pruning.patterns import Pattern, Unstructured
-from lightning_structopt.pruning.ramps import CubicRamp, Ramp
-from lightning_structopt.pruning.report import sparsity_table
-from lightning_structopt.pruning.rewinding import Rewind
+from lightning_structopt.pruning.ramps import CubicRamp, OneShotRamp, Ramp
+from lightning_structopt.pruning.regrowth import Regrow, require_constant_sparsity
+from lightning_structopt.pruning.report import sparsity_of, sparsity_table, unfinished
+from lightning_structopt.pruning.rewinding import Rewind, require_before
 from lightning_structopt.pruning.run import PruningRun
 from lightning_structopt.pruning.selection import Pick, Spare, as_picks, code_of
 from lightning_structopt.pruning.window import Window
@@ -53,7 +53,7 @@ class IterativePruning(Callback):
         pattern: Which weights go together and how sparsity is shared among layers; by default
             :class:`~lightning_structopt.Unstructured` over all layers at once.
         ramp: How sparsity grows within the window; by default :class:`~lightning_structopt.CubicRamp`.
-        begin: Start of the window as a fraction of the whole training, in [0, 1].
+        begin: Start of the window as a fraction of the whole training, in [0, 1]; by default 0.1.
         end: End of the window, likewise. Leave some training after it, at a learning rate that can still
             repair: a rate that decays to nothing by then costs more accuracy than the pruning.
         interval: Whether the ramp takes its steps every ``every`` epochs or optimizer steps. Under manual
@@ -62,6 +62,8 @@ class IterativePruning(Callback):
         rewind: What goes back to an early moment after each step of the ramp, so that training between two
             steps is a round of its own: :class:`~lightning_structopt.RewindWeights` (lottery tickets) or
             :class:`~lightning_structopt.RewindLR`.
+        regrow: How weights are exchanged while training, at constant sparsity: :class:`~lightning_structopt.RigL`.
+            ``criterion`` then draws the first mask, at the start, so leave ``ramp`` and ``begin`` out.
         include: Which parameters to prune: globs on their names or module types. By default all weights of
             two or more dimensions of linear, convolutional, attention and recurrent layers. Globs with
             wildcards narrow that choice; an exact name or a module type (``torch.nn.Embedding``) also adds.
@@ -89,11 +91,12 @@ class IterativePruning(Callback):
         criterion: Criterion | None = None,
         pattern: Pattern | None = None,
         ramp: Ramp | None = None,
-        begin: float = 0.1,
+        begin: float | None = None,
         end: float = 0.75,
         interval: Literal["epoch", "step"] = "epoch",
         every: int = 1,
         rewind: Rewind | None = None,
+        regrow: Regrow | None = None,
         include: Pick | Sequence[Pick] | None = None,
         exclude: Pick | Sequence[Pick] | None = None,
         spare: Spare | None = None,
@@ -101,23 +104,24 @@ class IterativePruning(Callback):
     ) -> None:
         require_in("sparsity", sparsity, 0, 1, closed="left")
         require_choice("interval", interval, ("epoch", "step"))
+        begin = (0.1 if regrow is None else 0.0) if begin is None else begin
         self._window = Window(begin, end, every)
         self._target = sparsity
         self.criterion = Magnitude() if criterion is None else criterion
         self.pattern = Unstructured() if pattern is None else pattern
-        self.ramp = CubicRamp() if ramp is None else ramp
+        self.ramp = (CubicRamp() if regrow is None else OneShotRamp()) if ramp is None else ramp
         require_type("criterion", self.criterion, Criterion)
         require_type("pattern", self.pattern, Pattern)
         require_type("ramp", self.ramp, Ramp)
+        if regrow is not None:
+            require_type("regrow", regrow, Regrow)
+            require_constant_sparsity(begin, self.ramp, self.pattern, rewind)
         if rewind is not None:
             require_type("rewind", rewind, Rewind)
-            if rewind.to >= begin:
-                raise ValueError(
-                    "`rewind` goes back to a moment before the window. Found "
-                    f"`rewind.to = {rewind.to}` and `begin = {begin}`. Give a later `begin`."
-                )
+            require_before(rewind, begin)
         self.interval = interval
         self.rewind = rewind
+        self.regrow = regrow
         self.include = as_picks("include", include)
         self.exclude = as_picks("exclude", exclude)
         if spare is not None:
@@ -144,9 +148,7 @@ class IterativePruning(Callback):
         """The fraction of the chosen weights that are pruned now."""
         if self._run is not None:
             return self._run.masks.sparsity
-        masks = self.masks.values()
-        total = sum(mask.numel() for mask in masks)
-        return 1 - sum(int(mask.sum()) for mask in masks) / total if total else 0.0
+        return sparsity_of(self.masks)
 
     @property
     def gone_back(self) -> Horizon:
@@ -171,14 +173,11 @@ class IterativePruning(Callback):
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        require_strategy_keeps_parameters(trainer)
-        require_optimizers_keep_zeros(trainer.optimizers)
-        require_end(trainer)
-        if self.rewind is not None:
-            require_rewindable(trainer, self.rewind)
+        require_fitting_trainer(trainer, self.rewind, self.regrow)
         masks = self._masks_of(pl_module)
-        self._require_sole_owner(trainer, pl_module, masks.parameters)
-        self._run = PruningRun(masks, pl_module, self.criterion, self.pattern, self.rewind)
+        others = [c._masks_of(pl_module).parameters for c in _all(trainer) if c is not self]
+        require_sole_owner(masks.parameters, others)
+        self._run = PruningRun(masks, pl_module, self.criterion, self.pattern, self.rewind, self.regrow)
 
     @override
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -190,7 +189,11 @@ class IterativePruning(Callback):
             run.load_state_dict(self._state)
             run.forget_pruned([], averaged_modules(trainer))
         self._from_checkpoint = False
+        if run.regrower is not None:
+            run.regrower.lay(trainer)
         run.attach(trainer.optimizers, gradients_are_final=not _touch_gradients(trainer, pl_module))
+        if not pl_module.automatic_optimization:
+            run.act_before_raw_steps(lambda o: self._before_step(trainer, pl_module, o), trainer.optimizers)
 
     @override
     def on_train_batch_start(
@@ -209,11 +212,17 @@ class IterativePruning(Callback):
     def on_before_optimizer_step(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", optimizer: Optimizer
     ) -> None:
+        self._in_training().announce(optimizer)
+        self._before_step(trainer, pl_module, optimizer)
+
+    def _before_step(self, trainer: Any, pl_module: "pl.LightningModule", optimizer: Optimizer) -> None:
         # After unscaling and accumulation, before clipping.
         run = self._in_training()
         run.collector.observe_gradients(p for group in optimizer.param_groups for p in group["params"])
         if self._is_due(trainer) and run.collector.has_all:
             self._prune(trainer, pl_module)
+        if run.regrow(steps_taken(trainer), optimizer, trainer.optimizers, averaged_modules(trainer)):
+            require_same_on_all_ranks(trainer, run.masks)
         if trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", pl_module):
             run.guard.mask_gradients(optimizer)
 
@@ -226,10 +235,7 @@ class IterativePruning(Callback):
         masks = self._in_training().masks
         rounding = len(masks.parameters) / masks.total  # scope="layer" rounds in each layer
         if self._moment != self._clock.steps.last and self._target - masks.sparsity > rounding:
-            rank_zero_warn(
-                f"Training ended before the pruning window closed: sparsity is {masks.sparsity:.4f}, the target "
-                f"{self._target}. Train to the end of the window, or give a smaller `end`."
-            )
+            rank_zero_warn(unfinished(masks.sparsity, self._target))
         table = sparsity_table(self.masks)  # on every rank, as each has a part of sharded masks
         if self.verbose:
             rank_zero_only(rich_print)(table)
@@ -262,6 +268,7 @@ class IterativePruning(Callback):
             f"IterativePruning(sparsity={self._target!r}, criterion={self.criterion!r}, pattern={self.pattern!r}, "
             f"ramp={self.ramp!r}, begin={self._window.begin!r}, end={self._window.end!r}, "
             f"interval={self.interval!r}, every={self._window.every!r}, rewind={self.rewind!r}, "
+            f"regrow={self.regrow!r}, "
             f"include={code_of(self.include)}, exclude={code_of(self.exclude)}, spare={self.spare!r}, "
             f"verbose={self.verbose!r})"
         )
@@ -298,9 +305,7 @@ class IterativePruning(Callback):
             require_same_on_all_ranks(trainer, run.masks)
             if run.rewinder is not None:
                 run.go_back(trainer.optimizers, training_position(trainer))
-                for callback in trainer.callbacks:
-                    if hasattr(callback, "on_rewind"):  # `LRDecay`
-                        callback.on_rewind(trainer, pl_module)
+                restart_rates(trainer, pl_module)
             run.forget_pruned(trainer.optimizers, averaged_modules(trainer))
         self._log(trainer, pl_module, on_step=True)
 
@@ -311,7 +316,7 @@ class IterativePruning(Callback):
     def _log(self, trainer: Any, pl_module: "pl.LightningModule", *, on_step: bool) -> None:
         if trainer.barebones:
             return
-        active = [c._in_training().masks for c in trainer.callbacks if isinstance(c, IterativePruning)]
+        active = [callback._in_training().masks for callback in _all(trainer)]
         sparsity = sum(masks.pruned for masks in active) / sum(masks.total for masks in active)
         pl_module.log(
             "pruning/sparsity",
@@ -322,18 +327,6 @@ class IterativePruning(Callback):
             sync_dist=not on_step,  # the same on all ranks, but Lightning warns of epoch values without
         )
 
-    def _require_sole_owner(
-        self, trainer: Any, pl_module: "pl.LightningModule", mine: Mapping[str, Tensor]
-    ) -> None:
-        for other in trainer.callbacks:
-            if isinstance(other, IterativePruning) and other is not self:
-                theirs = other._masks_of(pl_module).parameters
-                if shared := [name for name in mine if name in theirs]:
-                    raise ValueError(
-                        "A parameter must belong to one `IterativePruning`. Found two that own "
-                        f"`{shared[0]}`. Divide the parameters between them with `include` and `exclude`."
-                    )
-
     def _let_go(self) -> None:
         """Keep what there is as plain data, and forget the module and its optimizers."""
         if self._run is not None:
@@ -341,6 +334,10 @@ class IterativePruning(Callback):
             self._run.detach()
             self._run = None
         release(self)
+
+
+def _all(trainer: Any) -> list[IterativePruning]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, IterativePruning)]
 
 
 def _touch_gradients(trainer: Any, pl_module: "pl.LightningModule") -> bool:

@@ -1,6 +1,6 @@
 """What pruning needs of the trainer it runs in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_structopt.pruning.masks import MaskSet
+from lightning_structopt.pruning.regrowth import Regrow
 from lightning_structopt.pruning.rewinding import Rewind, RewindLR, RewindWeights
 
 
@@ -21,6 +22,28 @@ def averaged_modules(trainer: Any) -> list[nn.Module]:
         for average in averages
         if isinstance(average, nn.Module)
     ]
+
+
+def restart_rates(trainer: Any, pl_module: Any) -> None:
+    """Tell the callbacks that follow a schedule, such as ``LRDecay``, that training has gone back."""
+    for callback in trainer.callbacks:
+        if hasattr(callback, "on_rewind"):
+            callback.on_rewind(trainer, pl_module)
+
+
+def require_fitting_trainer(trainer: Any, rewind: Rewind | None, regrow: Regrow | None) -> None:
+    """Raise if weights can't be pruned as ``trainer`` trains them.
+
+    Raises:
+        ValueError: If the strategy, an optimizer, the length of training or another callback does not fit.
+    """
+    require_strategy_keeps_parameters(trainer)
+    require_optimizers_keep_zeros(trainer.optimizers)
+    require_end(trainer)
+    if rewind is not None:
+        require_rewindable(trainer, rewind)
+    if regrow is not None:
+        require_regrowable(trainer)
 
 
 def require_strategy_keeps_parameters(trainer: Any) -> None:
@@ -81,6 +104,32 @@ def require_rewindable(trainer: Any, rewind: Rewind) -> None:
         raise ValueError(
             f"With `{rewind!r}` an average of weights would mix the rounds. Found a callback that averages (EMA or "
             "SWA). Remove it."
+        )
+
+
+def require_regrowable(trainer: Any) -> None:
+    """Raise if something in ``trainer`` would hold at zero what is to grow again.
+
+    Raises:
+        ValueError: If a ``SparsityPenalty`` hands its zeros over.
+    """
+    if any(getattr(callback, "freeze_zeros", False) for callback in trainer.callbacks):
+        raise ValueError(
+            "With `regrow` the sparsity of every layer is constant. Found a `SparsityPenalty` with "
+            "`freeze_zeros = True`, which raises it. Remove one of the two."
+        )
+
+
+def require_sole_owner(mine: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> None:
+    """Raise if one of ``mine`` is also among the parameters, by name, of another callback.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if shared := [name for name in mine for theirs in others if name in theirs]:
+        raise ValueError(
+            "A parameter must belong to one `IterativePruning`. Found two that own "
+            f"`{shared[0]}`. Divide the parameters between them with `include` and `exclude`."
         )
 
 

@@ -24,5 +24,19 @@ def sparsity_table(masks: Mapping[str, Tensor]) -> Table:
     return table
 
 
+def sparsity_of(masks: Mapping[str, Tensor]) -> float:
+    """Return the fraction of weights that ``masks`` prune; 0 if there are none."""
+    total = sum(mask.numel() for mask in masks.values())
+    return 1 - sum(int(mask.count_nonzero()) for mask in masks.values()) / total if total else 0.0
+
+
+def unfinished(sparsity: float, target: float) -> str:
+    """Return the warning for a training that stopped at ``sparsity``, below ``target``."""
+    return (
+        f"Training ended before the pruning window closed: sparsity is {sparsity:.4f}, the target "
+        f"{target}. Train to the end of the window, or give a smaller `end`."
+    )
+
+
 def _counts(zeros: int, total: int) -> tuple[str, str, str]:
     return f"{zeros:,}", f"{total:,}", f"{zeros / total:.2%}"

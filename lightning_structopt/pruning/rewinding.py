@@ -66,6 +66,19 @@ class RewindLR(Rewind):
         require_in("to", self.to, 0, 1, closed="left")
 
 
+def require_before(rewind: Rewind, begin: float) -> None:
+    """Raise unless ``rewind`` goes back to a moment before the window.
+
+    Raises:
+        ValueError: If it doesn't.
+    """
+    if rewind.to >= begin:
+        raise ValueError(
+            "`rewind` goes back to a moment before the window. Found "
+            f"`rewind.to = {rewind.to}` and `begin = {begin}`. Give a later `begin`."
+        )
+
+
 class Rewinder:
     """Remembers the moment to rewind to, and goes back there.
 
