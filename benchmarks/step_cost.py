@@ -175,10 +175,12 @@ class Entrant:
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         self.module = Classifier(with_even_scale(self.task.build()), self.make_optimizer)
+        self.batches = random_batches(self.task, WARM_UP + self.task.steps + 1, self.task.batch_size)
+        # Nobody prunes before the optimizer has met each weight: Adam is slow at second moments of exactly zero.
+        quiet_trainer(max_epochs=1).fit(self.module, self.batches)
         self.timer = StepTimer()
         callbacks = [self.timer, *self.make_callbacks(self.module.net)]
         self.trainer = quiet_trainer(max_epochs=0, callbacks=callbacks)
-        self.batches = random_batches(self.task, WARM_UP + self.task.steps + 1, self.task.batch_size)
 
     def train(self, batches: Batches) -> None:
         """Go on for one epoch: the next `fit` of the same Trainer."""

@@ -29,8 +29,7 @@ class ZeroGuard:
 
     One pass over memory a step: the weights are masked after it. Where gradients are clipped they are masked
     before it instead, so that dead weights don't count in the norm; for most optimizers that is enough, as
-    state and decay of a dead weight are zero as well. It is not the rule because Adam is slow at second moments
-    of exactly zero (on the CPU its square root takes a detour, measured at 1.7x of a whole optimizer step).
+    momentum and decay of a dead weight are zero as well.
 
     Args:
         masks: What to hold. They may change between steps.
@@ -71,3 +70,4 @@ class ZeroGuard:
             self._masked.discard(id(optimizer))
         else:
             self.masks.apply()
+        self.masks.refresh_state(optimizer)

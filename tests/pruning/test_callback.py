@@ -274,8 +274,8 @@ def test_state_of_newly_pruned_weights_is_zeroed(tmp_path: Path) -> None:
                 for name, mask in pruning.masks.items():
                     state = trainer.optimizers[0].state[dict(pl_module.named_parameters())[name]]
                     assert not state["exp_avg"][~mask].any()
-                    assert not state["exp_avg_sq"][~mask].any()
-                    assert state["exp_avg_sq"][mask].all()
+                    assert (state["exp_avg_sq"][~mask] == 1).all()  # zeros would make Adam slow
+                    assert (state["exp_avg_sq"][mask] < 1).all()
 
         seen: list[float] = []
 
@@ -291,7 +291,7 @@ def test_clipping_leaves_nothing_of_dead_weights_in_the_optimizer(tmp_path: Path
     for name, mask in pruning.masks.items():
         state = run.optimizers[0].state[dict(module.named_parameters())[name]]
         assert not state["exp_avg"][~mask].any()
-        assert not state["exp_avg_sq"][~mask].any()
+        assert (state["exp_avg_sq"][~mask] > 0.9).all()
 
 
 def test_an_optimizer_without_the_pruned_parameters_is_fine(tmp_path: Path) -> None:

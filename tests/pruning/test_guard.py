@@ -57,6 +57,33 @@ def test_zero_stays_zero(name: str, settings: dict, masked_first: bool) -> None:
             assert torch.equal(layer.weight != 0, masks.masks()["weight"])
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "key"),
+    [
+        ("Adam", {"betas": (0.9, 0.9), "amsgrad": True}, "exp_avg_sq"),
+        ("AdamW", {"betas": (0.9, 0.9), "weight_decay": 0.1}, "exp_avg_sq"),
+        ("RMSprop", {"alpha": 0.9, "centered": True, "momentum": 0.9}, "square_avg"),
+        ("Adadelta", {"rho": 0.9}, "square_avg"),
+    ],
+)
+def test_second_moments_of_dead_weights_never_come_near_zero(name: str, settings: dict, key: str) -> None:
+    """A square root of zero takes 12 times as long, and decay would get there within 1,000 steps."""
+    layer = nn.Linear(6, 5, bias=False)
+    optimizer = getattr(torch.optim, name)(layer.parameters(), **settings)
+    masks = MaskSet({"weight": layer.weight})
+    masks.update({"weight": torch.rand(5, 6) > 0.5})
+    guard = ZeroGuard(masks)
+    guard.attach([optimizer])
+    for _ in range(1000):
+        optimizer.zero_grad()
+        (layer(torch.ones(4, 6)) ** 2).sum().backward()
+        guard.mask_gradients(optimizer)
+        optimizer.step()
+        mask = masks.masks()["weight"]
+        assert optimizer.state[layer.weight][key][~mask].min() > 1e-6
+        assert not layer.weight[~mask].any()
+
+
 def test_gradients_changed_after_masking_do_not_revive() -> None:
     layer = nn.Linear(6, 5, bias=False)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)

@@ -74,7 +74,7 @@ def test_masks_that_do_not_fit_name_both_sides() -> None:
         MaskSet({**masks.parameters, "new": nn.Parameter(torch.ones(2, 2))}).unpack(packed)
 
 
-def test_gradients_and_optimizer_state_are_zeroed_where_the_mask_is() -> None:
+def test_gradients_and_optimizer_state_are_forgotten_where_the_mask_is() -> None:
     module, masks = make()
     optimizer = torch.optim.Adam(module.parameters())
     module[1](torch.ones(1, 3)).sum().backward()
@@ -84,10 +84,10 @@ def test_gradients_and_optimizer_state_are_zeroed_where_the_mask_is() -> None:
     assert masks.apply_to_gradients(module.parameters())
     masks.apply_to_state(optimizer)
     pruned = ~chosen["1.weight"]
-    for tensor in (module[1].weight.grad, *optimizer.state[module[1].weight].values()):
-        if tensor.ndim:
-            assert not tensor[pruned].any()
-            assert tensor[~pruned].all()
+    state = optimizer.state[module[1].weight]
+    for tensor, forgotten in ((module[1].weight.grad, 0), (state["exp_avg"], 0), (state["exp_avg_sq"], 1)):
+        assert (tensor[pruned] == forgotten).all()
+        assert (tensor[~pruned] != forgotten).all()
     assert module[1].bias.grad.all()
 
 
