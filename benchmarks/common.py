@@ -61,16 +61,24 @@ def quiet_trainer(**kwargs: Any) -> pl.Trainer:
     )
 
 
-def parse_arguments(name: str, description: str | None, **numbers: int) -> argparse.Namespace:
-    """Parse ``--fast``, ``--output`` and ``numbers`` by name; a fast run writes only where it is told to."""
+def parse_arguments(
+    name: str, description: str | None, choices: dict[str, list[str]] | None = None, **numbers: int
+) -> argparse.Namespace:
+    """Parse ``--fast``, ``--output``, choices and numbers by name; a fast run writes only where it is told to.
+
+    The first of each list of choices is the default. Each choice has a file of its own for its results.
+    """
     parser = argparse.ArgumentParser(prog=f"python benchmarks/{name}.py", description=description)
     parser.add_argument("--fast", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--output", type=Path, help=f"JSON file; by default benchmarks/results/{name}.json")
     for option, default in numbers.items():
         parser.add_argument(f"--{option}", type=int, default=default, help=f"by default {default}")
+    for option, values in (choices or {}).items():
+        parser.add_argument(f"--{option}", choices=values, default=values[0])
     arguments = parser.parse_args()
     if arguments.output is None and not arguments.fast:
-        arguments.output = RESULTS / f"{name}.json"
+        chosen = [getattr(arguments, option) for option in choices or {}]
+        arguments.output = RESULTS / f"{'_'.join([name, *chosen])}.json"
     return arguments
 
 

@@ -101,7 +101,7 @@ def memory(field: str) -> int:
 
 def measure(name: str, weights: int, repeats: int) -> dict[str, Any]:
     """Return the figures of this rank; every repeat starts from fresh weights."""
-    times, peak, sent = [], 0, [0]
+    times, peak = [], 0
     for _ in range(repeats):
         stack = sharded_stack(weights)
         Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
