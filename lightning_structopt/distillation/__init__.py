@@ -1,0 +1,5 @@
+"""Knowledge distillation: a student learns from a teacher what labels don't say."""
+
+from lightning_structopt.distillation.module import DistillationModule
+
+__all__ = ["DistillationModule"]

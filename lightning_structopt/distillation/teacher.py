@@ -1,0 +1,144 @@
+"""The teacher: kept out of the student's sight, frozen, on the student's device."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from lightning_structopt.distillation.batches import call_with, with_dtype
+from lightning_structopt.distillation.taps import Taps
+
+Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
+_CHECK_EVERY = 50  # batches: looking at a number on an accelerator waits for it
+
+
+class FrozenTeacher:
+    """A model that is asked and never trained.
+
+    It is no module, so what it holds stays out of state dicts, optimizers, DDP and summaries, and copies of the
+    student (as averages of weights are) ask the same teacher. Each call runs it in ``eval`` mode without gradients.
+
+    Args:
+        module: The teacher.
+        places: What to return: names of its modules, or "logits".
+        read: From a batch to its input: a tensor, a tuple of arguments or a mapping of named arguments.
+        precision: What autocast computes in; None for what the trainer's precision says.
+
+    Raises:
+        ValueError: When called or attached: if a place doesn't fit, or an output is NaN or requires a gradient.
+
+    Example:
+        >>> teacher = FrozenTeacher(nn.Linear(3, 2), ["logits"], read=lambda batch: batch[0])
+        >>> teacher.attach()
+        >>> teacher((torch.ones(4, 3), torch.ones(4)), batch_idx=0)["logits"].shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        places: Iterable[str],
+        read: Callable[[Any], Any],
+        precision: Precision | None = None,
+    ) -> None:
+        self.module = module
+        self.read = read
+        self.precision = precision
+        self.taps = Taps(module, places, "teacher")
+        self._parts: tuple[nn.Module, ...] = ()
+        self._first_nan: Tensor | None = None
+
+    def attach(self) -> None:
+        """Get ready for calls.
+
+        Raises:
+            ValueError: If there is no module of a name.
+        """
+        self._parts = tuple(self.module.modules())
+        self._first_nan = None
+        self.taps.attach()
+
+    def detach(self) -> None:
+        """Leave the module as it was, but in ``eval`` mode."""
+        self.taps.remove()
+        self._parts = ()
+
+    @torch.no_grad()
+    def __call__(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Return what the teacher says of a batch, by place.
+
+        Args:
+            batch: What the student's ``training_step`` is given.
+            batch_idx: Its number, for messages.
+
+        Raises:
+            ValueError: If an output is NaN or requires a gradient.
+        """
+        if not self._parts:
+            self.attach()
+        for part in self._parts:
+            if part.training:  # someone called `train()`, or Lightning restored a mode
+                part.training = False
+        with self.taps, self._autocast():
+            call_with(self.module, self._as_weights(self.read(batch)))
+        outputs = self.taps.take()
+        if any(output.requires_grad for output in outputs.values()):
+            raise ValueError(
+                "The teacher must be frozen. Found an output that requires a gradient, so its `forward` switches "
+                "gradients on. Remove `torch.enable_grad()` from it; to train both, use `MutualDistillation`."
+            )
+        self._look_for_nan(outputs, batch_idx)
+        return outputs
+
+    def require_numbers(self) -> None:
+        """Raise if an output has been NaN.
+
+        Raises:
+            ValueError: If one has, with the first batch.
+        """
+        if self._first_nan is not None and (batch := int(self._first_nan)) >= 0:
+            raise ValueError(
+                f"The teacher must put out numbers. Found NaN for batch {batch}. Check that its weights are loaded and "
+                "finite, that its input is scaled as in its own training, and its precision."
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def _look_for_nan(self, outputs: dict[str, Tensor], batch_idx: int) -> None:
+        found = torch.stack([output.sum().isnan() for output in outputs.values()]).any()
+        seen = torch.where(found, batch_idx, -1)
+        first = self._first_nan
+        self._first_nan = seen if first is None else torch.where(first >= 0, first, seen)
+        if seen.device.type == "cpu" or batch_idx % _CHECK_EVERY == 0:
+            self.require_numbers()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision is None:
+            return nullcontext()
+        dtype: torch.dtype = getattr(torch, self.precision)
+        device = next((weight.device.type for weight in self.module.parameters()), "cpu")
+        return torch.autocast(device, dtype, enabled=self.precision != "float32")
+
+    def _as_weights(self, inputs: Any) -> Any:
+        """Return ``inputs`` in the precision of the weights: under "bf16-true" only the student's are bfloat16."""
+        weight = next((w for w in self.module.parameters() if w.is_floating_point()), None)
+        return inputs if weight is None else with_dtype(inputs, weight.dtype)
+
+
+def require_apart(teacher: nn.Module, student: nn.Module) -> None:
+    """Raise if training ``student`` trains parts of ``teacher``.
+
+    Raises:
+        ValueError: If they share a parameter that requires a gradient.
+    """
+    theirs = {id(parameter) for parameter in teacher.parameters() if parameter.requires_grad}
+    shared = [name for name, parameter in student.named_parameters() if id(parameter) in theirs]
+    if shared:
+        raise ValueError(
+            f"The teacher is frozen, so it can't be trained with the student. Found that both hold `{shared[0]}`, "
+            "which requires a gradient. Give `copy.deepcopy(student)` as teacher, or `EMATeacher()`."
+        )
