@@ -1,0 +1,157 @@
+"""What each criterion costs: per training step, and per pruning decision.
+
+Every criterion prunes the same network every 10 optimizer steps, in a Trainer of its own. Within a round all
+train in random order, and each step is compared with the unpruned network's of that round. Criteria by training
+gradients and inputs collect at every step; those with a calibration batch do all their work when they decide.
+"""
+
+import random
+from collections.abc import Callable
+from statistics import mean, median
+from time import perf_counter
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from common import Batches, parse_arguments, quiet_trainer, write_json
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import lightning_structopt as so
+
+STEPS, EVERY, BATCH_SIZE = 60, 10, 64
+WARM_UP = 3  # steps that don't count: caches are cold
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(784, 2048),
+        nn.BatchNorm1d(2048),
+        nn.ReLU(),
+        nn.Linear(2048, 2048),
+        nn.BatchNorm1d(2048),
+        nn.ReLU(),
+        nn.Linear(2048, 10),
+    )
+
+
+def batches(count: int) -> Batches:
+    return Batches(torch.randn(count * BATCH_SIZE, 784), torch.randint(10, (count * BATCH_SIZE,)), BATCH_SIZE)
+
+
+def pruning(criterion: so.Criterion, **options: Any) -> so.IterativePruning:
+    options = {"sparsity": 0.9, "begin": 0.1, "interval": "step", "every": EVERY, "verbose": False} | options
+    return so.IterativePruning(criterion=criterion, **options)
+
+
+def calibration() -> so.Calibration:
+    return so.Calibration(batches(1))
+
+
+NEURONS = {"pattern": so.Neurons(), "spare": "last"}
+ENTRANTS: dict[str, Callable[[], list[Callback]]] = {
+    "unpruned": lambda: [],
+    "unpruned, again": lambda: [],
+    "Magnitude": lambda: [pruning(so.Magnitude())],
+    "Random": lambda: [pruning(so.Random(seed=0))],
+    "LAMP": lambda: [pruning(so.LAMP())],
+    "GeometricMedian": lambda: [pruning(so.GeometricMedian(), **NEURONS)],
+    "BatchNormScale": lambda: [pruning(so.BatchNormScale(), **NEURONS)],
+    "Taylor": lambda: [pruning(so.Taylor())],
+    "GradientSquared": lambda: [pruning(so.GradientSquared())],
+    "Movement": lambda: [pruning(so.Movement())],
+    "Wanda": lambda: [pruning(so.Wanda())],
+    "Taylor, 1 batch": lambda: [pruning(so.Taylor(calibration=calibration()))],
+    "HessianDiagonal, 1 batch": lambda: [pruning(so.HessianDiagonal(calibration()))],
+    "JacobianImportance, 1 batch": lambda: [pruning(so.JacobianImportance(calibration()))],
+}
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = perceptron()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.net(inputs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        return nn.functional.cross_entropy(self(inputs), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+
+
+class StepTimer(Callback):
+    """Times whole steps, and notes how many weights are zero at the start of each."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+        self.sparsity: list[float] = []
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        found = [c.sparsity for c in trainer.callbacks if isinstance(c, so.IterativePruning)]
+        self.sparsity += found or [0.0]
+        self.starts.append(perf_counter())
+
+    def times(self) -> tuple[float, float]:
+        """Return the median of steps without a decision, and the mean that a decision adds, in seconds."""
+        spans = [end - start for start, end in zip(self.starts, self.starts[1:], strict=False)]
+        decided = [after > before for before, after in zip(self.sparsity, self.sparsity[1:], strict=False)]
+        plain = median(span for span, it in list(zip(spans, decided, strict=True))[WARM_UP:] if not it)
+        return plain, mean([span - plain for span, it in zip(spans, decided, strict=True) if it] or [0.0])
+
+
+def run(make: Callable[[], list[Callback]], data: Batches) -> tuple[float, float]:
+    torch.manual_seed(0)
+    timer = StepTimer()
+    quiet_trainer(max_epochs=1, callbacks=[timer, *make()]).fit(Classifier(), data)
+    return timer.times()
+
+
+def race(rounds: int, steps: int) -> list[dict[str, Any]]:
+    data, order = batches(steps), random.Random(0)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ENTRANTS}
+    for _ in range(rounds):
+        for name in order.sample(list(ENTRANTS), len(ENTRANTS)):
+            found[name].append(run(ENTRANTS[name], data))
+    base = [step for step, _ in found["unpruned"]]
+    return [
+        {
+            "criterion": name,
+            "step_ms": 1000 * median(step for step, _ in times),
+            "ratio": median(step / unpruned for (step, _), unpruned in zip(times, base, strict=True)),
+            "decision_ms": 1000 * median(decision for _, decision in times),
+            "decision_steps": median(d / unpruned for (_, d), unpruned in zip(times, base, strict=True)),
+        }
+        for name, times in found.items()
+    ]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    columns = ("criterion", "step (ms)", "x unpruned", "decision (ms)", "decision (unpruned steps)")
+    table = Table(*columns, title="Perceptron 784-2048-2048-10 with batch norm, 64 samples a step")
+    for row in rows:
+        table.add_row(
+            row["criterion"],
+            f"{row['step_ms']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['decision_ms']:.0f}",
+            f"{row['decision_steps']:.1f}",
+        )
+    Console(width=100).print(table)
+
+
+def main() -> None:
+    arguments = parse_arguments("criteria", __doc__, rounds=3)
+    rounds, steps = (1, 24) if arguments.fast else (arguments.rounds, STEPS)
+    rows = race(rounds, steps)
+    show(rows)
+    write_json(arguments.output, "criteria", rows)
+
+
+if __name__ == "__main__":
+    main()
