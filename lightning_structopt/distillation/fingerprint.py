@@ -1,0 +1,47 @@
+"""Telling one teacher from another."""
+
+import hashlib
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from lightning_structopt.pruning.sharding import full, local
+
+
+def fingerprint(teacher: nn.Module) -> str:
+    """Return what identifies a teacher: a hash of its classes, names, parameters and buffers.
+
+    It is the same on every device and in every process. Where the teacher is sharded, all ranks call it.
+
+    Args:
+        teacher: Any module that is not on the meta device.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ValueError: If there is a parameter without data.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> before = fingerprint(layer)
+        >>> _ = layer.bias.data.add_(1)
+        >>> fingerprint(layer) == before
+        False
+    """
+    digest = hashlib.sha256()
+    for name, part in teacher.named_modules():
+        digest.update(f"{name}:{type(part).__qualname__};".encode())
+    for name, tensor in chain(teacher.named_parameters(), teacher.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(f"A teacher needs weights. Found `{name}` on the meta device. Load them first.")
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _bytes_of(tensor: Tensor) -> memoryview:
+    whole = full(local(tensor), like=tensor).cpu().contiguous()
+    return whole.flatten().view(torch.uint8).numpy().data
