@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt._checks import require_whole
+from lightning_structopt._undisturbed import plain_attention, trainable, undisturbed
 from lightning_structopt.pruning.calibration import (
     Calibration,
     require_calibration,
@@ -16,7 +17,6 @@ from lightning_structopt.pruning.calibration import (
 )
 from lightning_structopt.pruning.criteria import NOTHING, Criterion, Evidence, Scores, widened
 from lightning_structopt.pruning.sharding import Sharding
-from lightning_structopt.pruning.undisturbed import plain_attention, trainable, undisturbed
 
 
 @dataclass(frozen=True)

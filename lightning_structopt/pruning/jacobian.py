@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt._checks import require_whole
+from lightning_structopt._undisturbed import plain_attention, trainable, undisturbed
 from lightning_structopt.pruning.calibration import (
     Calibration,
     require_calibration,
@@ -18,7 +19,6 @@ from lightning_structopt.pruning.calibration import (
 from lightning_structopt.pruning.criteria import NOTHING, Criterion, Evidence, Scores, widened
 from lightning_structopt.pruning.curvature import random_signs
 from lightning_structopt.pruning.sharding import Sharding
-from lightning_structopt.pruning.undisturbed import plain_attention, trainable, undisturbed
 
 _EXACT_UP_TO = 256  # outputs of a sample; for more, as many probes cost less and are off by at most 9%
 _ELEMENTS = 2**24  # of gradients that are held at once: 64 MiB in float32

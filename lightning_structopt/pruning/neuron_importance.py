@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_structopt._undisturbed import plain_attention, undisturbed
 from lightning_structopt.pruning.calibration import Calibration
 from lightning_structopt.pruning.jacobian import (
     check_probes,
@@ -15,7 +16,6 @@ from lightning_structopt.pruning.jacobian import (
     require_samples,
     sum_of_squares,
 )
-from lightning_structopt.pruning.undisturbed import plain_attention, undisturbed
 
 _ROWS_OF_FEATURES = (nn.Linear, nn.Bilinear, nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 _FEATURE_MAPS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
