@@ -163,7 +163,8 @@ def enroll(adapters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer]
     """
     if not adapters:
         return
-    if not optimizers:
+    groups = [group for optimizer in optimizers[:1] for group in optimizer.param_groups]
+    if not groups:
         raise ValueError(
             "Adapters are trained by the student's optimizer. Found none. Return one from `configure_optimizers`, or "
             "use losses without adapters."
@@ -171,7 +172,7 @@ def enroll(adapters: list[nn.Parameter], optimizers: list[torch.optim.Optimizer]
     enrolled = {
         id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
     }
-    group = max(optimizers[0].param_groups, key=lambda g: float(g.get("initial_lr", g.get("lr", 0.0))))
+    group = max(groups, key=lambda g: float(g.get("initial_lr", g.get("lr", 0.0))))
     for index, adapter in enumerate(adapters):
         if id(adapter) not in enrolled:
             group["params"].append(adapter)

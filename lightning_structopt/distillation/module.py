@@ -1,6 +1,8 @@
 """Distillation as a LightningModule that stands in for the student."""
 
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
@@ -15,6 +17,7 @@ from lightning_structopt.distillation.balance import Balance
 from lightning_structopt.distillation.batches import default_input
 from lightning_structopt.distillation.comparison import Comparison
 from lightning_structopt.distillation.distiller import Distiller
+from lightning_structopt.distillation.export import whole_on_cpu, write_safely
 from lightning_structopt.distillation.losses import DistillationLoss, SoftTarget
 from lightning_structopt.distillation.pairs import Place, Weighted, pairs_from
 from lightning_structopt.distillation.stand_in import StandIn
@@ -122,6 +125,30 @@ class DistillationModule(StandIn):
         values = self._kd.comparison.values(student, teacher, batch)
         self._log_mean({f"kd/{title}": value for title, value in values.items()}, student)
         return self._kd.comparison.total(values)
+
+    def export_student(self, path: str | Path) -> None:
+        """Write the student alone to a file that ``StudentClass.load_from_checkpoint(path)`` takes.
+
+        So does ``trainer.validate(StudentClass(), ckpt_path=path)``, both with ``weights_only=True``. Under sharding
+        strategies all ranks call it together.
+
+        Args:
+            path: Where to.
+
+        Raises:
+            ValueError: If hyperparameters are not plain data.
+        """
+        checkpoint: dict[str, Any] = {
+            "pytorch-lightning_version": version("lightning"),
+            "state_dict": whole_on_cpu(self.state_dict()),
+        }
+        if self.hparams:
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
+            if name := getattr(self, "_hparams_name", None):
+                checkpoint[self.CHECKPOINT_HYPER_PARAMS_NAME] = name
+        self.student.on_save_checkpoint(checkpoint)
+        if self.global_rank == 0:
+            write_safely(checkpoint, path)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:

@@ -1,6 +1,5 @@
 """Which output of the student is compared with which of the teacher, by which loss, and how much it counts."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -61,10 +60,10 @@ def pairs_from(loss: DistillationLoss | Mapping[Place, Weighted]) -> tuple[Pair,
             f"`loss` must have a loss of its own for each place, one at least. Found `loss = {dict(loss)}`. Make an "
             "object for each."
         )
-    often = Counter(type(one).__name__ for *_, one in entries)
+    titles = _titles([(type(one).__name__, student, teacher) for student, teacher, _, one in entries])
     return tuple(
-        Pair(student, teacher, one, weight, _title(one, student, often))
-        for student, teacher, weight, one in entries
+        Pair(student, teacher, one, weight, title)
+        for title, (student, teacher, weight, one) in zip(titles, entries, strict=True)
     )
 
 
@@ -85,6 +84,10 @@ def _weighted(value: Any) -> tuple[float, DistillationLoss]:
     return float(weight), loss
 
 
-def _title(loss: DistillationLoss, student: str, often: Counter[str]) -> str:
-    name = type(loss).__name__
-    return name if often[name] == 1 else f"{name}/{student}"
+def _titles(pairs: list[tuple[str, str, str]]) -> list[str]:
+    """Return for each as short a name as tells it apart: of the loss, with the student's place, with both."""
+
+    def length(pair: tuple[str, str, str]) -> int:
+        return next((n for n in (1, 2) if sum(other[:n] == pair[:n] for other in pairs) == 1), 3)
+
+    return ["/".join(pair[: length(pair)]) for pair in pairs]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from lightning_structopt._checks import require_choice
 from lightning_structopt.distillation.batches import call_with, with_dtype
 from lightning_structopt.distillation.taps import Taps
 
@@ -28,7 +29,8 @@ class FrozenTeacher:
         precision: What autocast computes in; None for what the trainer's precision says.
 
     Raises:
-        ValueError: When called or attached: if a place doesn't fit, or an output is NaN or requires a gradient.
+        ValueError: If ``precision`` is none of these. When called or attached: if a place doesn't fit, or an output
+            is NaN or requires a gradient.
 
     Example:
         >>> teacher = FrozenTeacher(nn.Linear(3, 2), ["logits"], read=lambda batch: batch[0])
@@ -44,6 +46,8 @@ class FrozenTeacher:
         read: Callable[[Any], Any],
         precision: Precision | None = None,
     ) -> None:
+        if precision is not None:
+            require_choice("teacher_precision", precision, ("float32", "bfloat16", "float16"))
         self.module = module
         self.read = read
         self.precision = precision

@@ -1,0 +1,59 @@
+"""Writing a student to a file that its own class reads."""
+
+import io
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def whole_on_cpu(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict with its tensors on the CPU, sharded ones put together; all ranks call it together."""
+    return {name: _whole(value) for name, value in state.items()}
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def write_safely(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Write ``checkpoint``, which weights-only loading must be able to read, as a whole or not at all.
+
+    Args:
+        checkpoint: What to write, with its weights under ``state_dict``.
+        path: Where to.
+
+    Raises:
+        ValueError: If it holds something that is not plain data.
+    """
+    plain, weights = {k: v for k, v in checkpoint.items() if k != "state_dict"}, checkpoint["state_dict"]
+    for name, value in {**plain, **weights}.items():
+        if not isinstance(value, Tensor):
+            _require_plain(name, value)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        torch.save(checkpoint, beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _require_plain(name: str, value: Any) -> None:
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"An exported student must load with `weights_only=True`, so it is tensors and plain data. Found {value!r} "
+            f'under "{name}". Leave it out of `save_hyperparameters`, or of what `on_save_checkpoint` adds.'
+        ) from error
