@@ -160,8 +160,9 @@ class TeacherCache:
         Args:
             ids: Numbers of samples (N,) that are all there.
             outputs: What the teacher says now, (N, ...) by name, in the precision that it computed in.
-            tolerance: How far they may be apart, relative to the largest number of a row; None for a few units of
-                rounding in ``dtype`` or in that of ``outputs``, whatever is coarser.
+            tolerance: How far they may be apart, relative to the largest number of a row, or of rows on average where
+                that is more; None for a few units of rounding in ``dtype`` or in that of ``outputs``, whatever is
+                coarser.
 
         Raises:
             ValueError: If they are further apart, or a sample or an output isn't there.

@@ -31,7 +31,10 @@ class Encoding(ABC):
 
     @abstractmethod
     def gap(self, parts: Parts, live: Tensor) -> Tensor:
-        """Return by how much each row of ``live`` is off ``parts``, relative to the largest number of the row."""
+        """Return by how much each row of ``live`` is off ``parts``.
+
+        It is relative to the largest number of the row or, where that is small, to that of rows on average.
+        """
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,8 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def _relative_gap(kept: Tensor, live: Tensor) -> Tensor:
-    kept, live = kept.reshape(len(kept), -1), live.reshape(len(live), -1)
+    kept, live = kept.unsqueeze(-1).flatten(1), live.unsqueeze(-1).flatten(1)
     gap = (kept - live).abs().where(kept != live, 0)  # of equal infinities too
-    scale = live.abs().where(live.isfinite(), 0).amax(1).clamp_min(torch.finfo(live.dtype).tiny)
-    return gap.amax(1) / scale
+    scale = live.abs().where(live.isfinite(), 0).amax(1)
+    # A row of nearly nothing, as of dead features, isn't off by rounding noise that others drown.
+    return gap.amax(1) / scale.clamp_min(scale.mean()).clamp_min(torch.finfo(live.dtype).tiny)

@@ -99,7 +99,7 @@ class Layout:
         parts: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self.shapes}
         start = 0
         for part in self.parts:
-            piece = whole[:, start : start + part.size_bytes].contiguous()
+            piece = whole[:, start : start + part.size_bytes].clone(memory_format=torch.contiguous_format)
             parts[part.output][part.name] = (
                 piece.view(part.torch_dtype).reshape(len(rows), *part.shape).to(device, non_blocking=True)
             )

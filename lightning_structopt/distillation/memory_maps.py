@@ -42,16 +42,12 @@ class Shard:
     def update(self) -> tuple[Numbers, Numbers]:
         """Return which samples' rows are new since the last call, and where: two arrays of the same length."""
         records = self._new_records()
-        new = np.arange(self._seen, len(records))
-        if len(new) == 0:
-            return new, new
-        rows = self._rows_up_to(len(records))
-        sums = [
-            _checksum(number, row) for number, row in zip(records["id"][new].tolist(), rows[new], strict=True)
-        ]
-        complete = (records["written"][new] == 1) & (records["checksum"][new] == np.array(sums, np.uint32))
-        self._seen = len(records)
-        return records["id"][new][complete].astype(np.int64), new[complete]
+        first, self._seen = self._seen, self._seen + len(records)
+        rows = self._rows_up_to(self._seen)[first : self._seen]
+        numbers = records["id"].astype(np.int64)
+        sums = [_checksum(number, row) for number, row in zip(numbers.tolist(), rows, strict=True)]
+        complete = (records["written"] == 1) & (records["checksum"] == np.array(sums, np.uint32))
+        return numbers[complete], first + np.flatnonzero(complete)
 
     def read(self, rows: Numbers) -> Bytes:
         """Return ``rows``, (number of rows, bytes of a row)."""
