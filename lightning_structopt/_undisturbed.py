@@ -9,9 +9,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put ``module`` into evaluation mode, and each of its parts back into its own afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+@contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Put ``module`` into evaluation mode, with gradients and reproducible randomness, and restore all after."""
-    modes = [(part, part.training) for part in module.modules()]
     buffers = [
         (part, name, buffer, buffer.clone())
         for part in module.modules()
@@ -24,15 +35,13 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             stack.enter_context(context)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(evaluating(module))
         try:
             # The fast path of TransformerEncoder goes around the modules within, or hands them nested tensors.
             torch.backends.mha.set_fastpath_enabled(False)
-            module.eval()
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast_path)
-            for part, mode in modes:
-                part.training = mode
             with torch.no_grad():
                 for part, name, buffer, value in buffers:
                     part._buffers[name] = buffer.copy_(value)

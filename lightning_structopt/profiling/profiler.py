@@ -1,0 +1,241 @@
+"""What a module costs, in one table."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from typing_extensions import override
+
+from lightning_structopt.profiling.flops import count_flops
+from lightning_structopt.profiling.inputs import Call, as_call
+from lightning_structopt.profiling.latency import Latency, latency
+from lightning_structopt.profiling.memory import forward_bytes, training_bytes
+from lightning_structopt.profiling.weights import count_nonzero, own_tensors, saved_bytes, size_bytes
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one submodule costs by itself, without those inside it.
+
+    Args:
+        name: Its name in the module; empty for the module itself.
+        kind: Its class.
+        parameters: Number of parameters. A parameter that is shared counts once, where it is met first.
+        trainable: How many of them require gradients.
+        nonzero: How many of them are not zero.
+        size_bytes: Bytes of parameters and buffers in memory.
+        flops: Floating-point operations of one forward pass.
+        effective_flops: Those that are left when multiplications by a zero weight are not counted.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    trainable: int
+    nonzero: int
+    size_bytes: int
+    flops: int
+    effective_flops: float
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a module costs.
+
+    Args:
+        layers: Every submodule that has parameters or operations of its own.
+        saved_bytes: Bytes of the state dict as ``torch.save`` writes it.
+        compressed_bytes: Bytes of that, deflated.
+        forward_bytes: Peak of memory of a forward pass, besides the module and its input.
+        training_bytes: Peak of memory of a forward and a backward pass, gradients included; None if not asked for.
+        latencies: Times of a forward pass by batch size and threads.
+        batch_size: Samples in the pass that operations and memory are for.
+    """
+
+    layers: tuple[LayerCost, ...]
+    saved_bytes: int
+    compressed_bytes: int
+    forward_bytes: int
+    training_bytes: int | None
+    latencies: tuple[Latency, ...]
+    batch_size: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def trainable(self) -> int:
+        """Number of parameters that require gradients."""
+        return sum(layer.trainable for layer in self.layers)
+
+    @property
+    def nonzero(self) -> int:
+        """Number of parameters that are not zero."""
+        return sum(layer.nonzero for layer in self.layers)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of parameters and buffers in memory."""
+        return sum(layer.size_bytes for layer in self.layers)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of one forward pass, of all its samples together."""
+        return sum(layer.flops for layer in self.layers)
+
+    @property
+    def effective_flops(self) -> float:
+        """Those that are left when multiplications by a zero weight are not counted."""
+        return sum(layer.effective_flops for layer in self.layers)
+
+    @property
+    def latency_ms(self) -> float:
+        """The median time of a forward pass, in the first of the settings that were timed."""
+        return self.latencies[0].median_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return totals, latencies and layers as plain data."""
+        totals = ("parameters", "trainable", "nonzero", "size_bytes", "flops", "effective_flops")
+        return {name: getattr(self, name) for name in totals} | asdict(self)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return the profile as JSON, and write it to ``path`` if given."""
+        text = json.dumps(self.to_dict(), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write one row for each layer to ``path``."""
+        with Path(path).open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*LayerCost.__dataclass_fields__])
+            writer.writeheader()
+            writer.writerows(asdict(layer) for layer in self.layers)
+
+    def table(self) -> Table:
+        """Return the layers and their total as a table."""
+        caption = [
+            f"{self.trainable:,} trainable; saved {_size(self.saved_bytes)}, compressed {_size(self.compressed_bytes)}",
+            f"memory of a pass over {self.batch_size} samples: {_size(self.forward_bytes)}"
+            + ("" if self.training_bytes is None else f", to train {_size(self.training_bytes)}"),
+            *(
+                f"{t.median_ms:.3g} ms ({t.quartiles_ms[0]:.3g} to {t.quartiles_ms[1]:.3g}) for {t.batch_size} "
+                f"samples on {t.threads} threads"
+                for t in self.latencies
+            ),
+        ]
+        table = Table(caption="\n".join(caption), caption_justify="left")
+        for column in ("layer", "kind"):
+            table.add_column(column)
+        for column in ("parameters", "nonzero", "bytes", "FLOPs", "effective"):
+            table.add_column(column, justify="right")
+        for layer in self.layers:
+            table.add_row(layer.name or "(itself)", layer.kind, *_numbers(layer))
+        table.add_section()
+        table.add_row("total", "", *_numbers(self))
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    @override
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+
+def profile(
+    module: nn.Module,
+    example_input: Any,
+    *,
+    batch_sizes: int | Iterable[int] | None = None,
+    threads: int | Iterable[int] | None = None,
+    seconds: float = 0.5,
+    training: bool = True,
+) -> Profile:
+    """Measure what ``module`` costs: parameters, bytes, operations, memory and time.
+
+    The module is left as it was: modes, running statistics, gradients, random state.
+
+    Args:
+        module: The module, on any device. Of one sharded by FSDP2 all ranks call this together; counts are of the
+            whole, memory and saved bytes of this rank's part.
+        example_input: A tensor, a tuple of arguments, or a dict of keyword arguments, on the module's device.
+            Operations and memory are for its batch.
+        batch_sizes: Batch sizes to time; that of ``example_input`` if not given. Its samples are repeated.
+        threads: Numbers of CPU threads to time; as many as PyTorch uses now if not given.
+        seconds: How long to time each setting.
+        training: Whether to measure the memory of a forward and a backward pass too.
+
+    Returns:
+        The profile: print it by ``rich``, or take its fields.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind or ``example_input`` doesn't fit the forward pass.
+        ValueError: If a number is out of range, or the input is on another device than the module.
+
+    Example:
+        >>> found = profile(nn.Linear(100, 10), torch.ones(8, 100), seconds=0.01)
+        >>> found.parameters, found.flops, found.size_bytes
+        (1010, 16000, 4040)
+    """
+    call = as_call(module, example_input)
+    costs = tuple(_layers(module, call))
+    saved, compressed = saved_bytes(module)
+    return Profile(
+        layers=costs,
+        saved_bytes=saved,
+        compressed_bytes=compressed,
+        forward_bytes=forward_bytes(module, call),
+        training_bytes=training_bytes(module, call) if training else None,
+        latencies=tuple(
+            latency(module, example_input, batch_size=size, threads=count, seconds=seconds)
+            for size in _listed(batch_sizes)
+            for count in _listed(threads)
+        ),
+        batch_size=call.batch_size,
+    )
+
+
+def _layers(module: nn.Module, call: Call) -> Iterable[LayerCost]:
+    flops = count_flops(module, call)
+    for name, part, parameters, buffers in own_tensors(module):
+        dense, effective = flops.get(name, (0, 0.0))
+        if parameters or buffers or dense:
+            yield LayerCost(
+                name=name,
+                kind=type(part).__name__,
+                parameters=sum(p.numel() for p in parameters),
+                trainable=sum(p.numel() for p in parameters if p.requires_grad),
+                nonzero=sum(map(count_nonzero, parameters)),
+                size_bytes=sum(map(size_bytes, [*parameters, *buffers])),
+                flops=int(dense),
+                effective_flops=effective,
+            )
+
+
+def _listed(values: int | Iterable[int] | None) -> Sequence[int | None]:
+    return list(values) if isinstance(values, Iterable) else [values]
+
+
+def _numbers(cost: LayerCost | Profile) -> list[str]:
+    counts = (cost.parameters, cost.nonzero, cost.size_bytes, cost.flops, round(cost.effective_flops))
+    return [f"{count:,}" for count in counts]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
