@@ -192,7 +192,7 @@ def test_check_follows_the_precision_of_the_teacher(tmp_path: Path) -> None:
     cache.check(torch.arange(4), {"logits": off["logits"].bfloat16()})
     cache.check(torch.arange(4), off, tolerance=0.05)
     cache.check(torch.tensor([], dtype=torch.long), {"logits": torch.zeros(0, 5)})
-    with pytest.raises(ValueError, match="NaN|differ by inf"):
+    with pytest.raises(ValueError, match="differ by inf"):
         cache.check(torch.arange(4), {"logits": torch.full((4, 5), math.nan)})
     with pytest.raises(ValueError, match=r"Found one that isn't\. Call `put` first"):
         cache.check(torch.tensor([9]), {"logits": torch.zeros(1, 5)})
