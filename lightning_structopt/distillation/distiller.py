@@ -50,8 +50,8 @@ class Distiller:
             ValueError: If a tap names nothing, or adapters of an earlier fit can't be trained in this one.
         """
         device = trainer.strategy.root_device
+        self.teacher.attach()  # before taps: it may be a copy of the student
         self.taps.attach()
-        self.teacher.attach()
         self.comparison.losses.to(device).train()
         self._attached, self._adapted = True, False
         if self._restored is not None:
@@ -104,7 +104,8 @@ class Distiller:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the student, as plain data."""
-        return self.comparison.state_dict()
+        parts = {"comparison": self.comparison.state_dict(), "teacher": self.teacher.state_dict()}
+        return {name: state for name, state in parts.items() if state}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on from what :meth:`state_dict` returned; before :meth:`attach`, wait for it.
@@ -115,7 +116,9 @@ class Distiller:
         if not self._attached:
             self._restored = dict(state)
             return
-        self.comparison.load_state_dict(state, device)
+        self.comparison.load_state_dict(state.get("comparison", {}), device)
+        if "teacher" in state:
+            self.teacher.load_state_dict(state["teacher"])
         self._restored = None
 
     @property

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.compile import from_compiled
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ from lightning_structopt.distillation.batches import default_input
 from lightning_structopt.distillation.comparison import Comparison
 from lightning_structopt.distillation.distiller import Distiller
 from lightning_structopt.distillation.export import whole_on_cpu, write_safely
+from lightning_structopt.distillation.following import EMATeacher, FollowingTeacher
 from lightning_structopt.distillation.losses import DistillationLoss, SoftTarget
 from lightning_structopt.distillation.pairs import Place, Weighted, pairs_from
+from lightning_structopt.distillation.sharding import shard
 from lightning_structopt.distillation.stand_in import StandIn
 from lightning_structopt.distillation.taps import LOGITS, Taps
 from lightning_structopt.distillation.teacher import FrozenTeacher, Precision, require_apart
@@ -45,7 +48,8 @@ class DistillationModule(StandIn):
 
     Args:
         teacher: A model, trained already. It is not changed, but moved to the student's device and put in ``eval``
-            mode.
+            mode. Several: :class:`~lightning_structopt.Teachers` or an ensemble; the student's own past:
+            :class:`~lightning_structopt.EMATeacher`.
         student: The module to train, with automatic optimization.
         loss: What to compare the outputs with, by default :class:`~lightning_structopt.SoftTarget`; or a mapping from
             places to losses, as in ``{"logits": SoftTarget(), ("layer2", "stage1.1"): (0.1, Hint())}``: a module's
@@ -60,6 +64,8 @@ class DistillationModule(StandIn):
         mask: From a batch to which positions count, as for padded sequences; by default all.
         teacher_precision: What autocast runs the teacher in: "float32", "bfloat16" or "float16"; by default what the
             trainer's precision says.
+        shard_teacher: Whether ranks share the teacher's weights, under ``ModelParallelStrategy`` (FSDP2); by default
+            each holds all of them.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -77,10 +83,11 @@ class DistillationModule(StandIn):
     _kd: Distiller
     _by_place: bool
     _takes_index: bool
+    _shards_teacher: bool
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: nn.Module | EMATeacher,
         student: pl.LightningModule,
         loss: DistillationLoss | Mapping[Place, Weighted] | None = None,
         alpha: float | None = None,
@@ -90,20 +97,23 @@ class DistillationModule(StandIn):
         target: Callable[[Any], Tensor] | None = None,
         mask: Callable[[Any], Tensor] | None = None,
         teacher_precision: Precision | None = None,
+        shard_teacher: bool = False,
     ) -> None:
         super().__init__(_require_student(student))
-        require_type("teacher", teacher, nn.Module)
-        require_apart(teacher, self.student)
         pairs = pairs_from(SoftTarget() if loss is None else loss)
         read = default_input if teacher_input is None else teacher_input
         # Straight into the dict: what a student has of this name stays the student's.
         vars(self)["_kd"] = Distiller(
-            FrozenTeacher(teacher, [pair.teacher for pair in pairs], read, teacher_precision),
+            self._kept_apart(teacher, [pair.teacher for pair in pairs], read, teacher_precision),
             Taps(self.student, [pair.student for pair in pairs], "student"),
             Comparison(pairs, target, mask),
             Balance(alpha, weight, schedule),
         )
         vars(self)["_by_place"] = isinstance(loss, Mapping)
+        vars(self)["_shards_teacher"] = shard_teacher
+        if isinstance(teacher, EMATeacher):
+            # Not at the end of the batch: checkpoints are saved before that.
+            vars(self)["optimizer_step"] = self._step_and_follow
         # As Lightning asks it: `training_step(self, batch)` is not given the index.
         step = self.student.training_step
         vars(self)["_takes_index"] = is_param_in_hook_signature(step, "batch_idx", min_args=2)
@@ -172,7 +182,7 @@ class DistillationModule(StandIn):
     def setup(self, stage: str) -> None:
         require_lightning("DistillationModule", self.trainer, self.student)
         if stage == "fit":
-            self.teacher.to(self.trainer.strategy.root_device)
+            self._place_teacher(self.trainer.strategy.root_device)
         self.student.setup(stage)
 
     @override
@@ -212,6 +222,26 @@ class DistillationModule(StandIn):
     def teardown(self, stage: str) -> None:
         self._kd.detach()
         self.student.teardown(stage)
+
+    def _step_and_follow(self, *args: Any, **kwargs: Any) -> None:
+        self.student.optimizer_step(*args, **kwargs)
+        self._kd.teacher.follow()
+
+    def _place_teacher(self, device: torch.device) -> None:
+        if self._shards_teacher:
+            shard(self.teacher, self.device_mesh, device)
+        else:
+            self.teacher.to(device)
+
+    def _kept_apart(
+        self, teacher: object, places: list[str], read: Callable[[Any], Any], precision: Precision | None
+    ) -> FrozenTeacher:
+        if isinstance(teacher, EMATeacher):
+            return FollowingTeacher(self.student, places, read, teacher, precision)
+        require_type("teacher", teacher, nn.Module)
+        assert isinstance(teacher, nn.Module)
+        require_apart(teacher, self.student)
+        return FrozenTeacher(teacher, places, read, precision)
 
     def _shown(self, outputs: dict[str, Tensor]) -> Outputs:
         return outputs if self._by_place else next(iter(outputs.values()))

@@ -97,6 +97,18 @@ class FrozenTeacher:
         self._look_for_nan(outputs, batch_idx)
         return outputs
 
+    def follow(self) -> None:
+        """Learn from the student, which has taken a step; a frozen teacher doesn't."""
+        return
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs of the teacher: nothing of a frozen one."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        return
+
     def require_numbers(self) -> None:
         """Raise if an output has been NaN.
 
