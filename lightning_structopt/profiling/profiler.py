@@ -185,6 +185,7 @@ def profile(
         ValueError: If a number is out of range, or the input is on another device than the module.
 
     Example:
+        >>> import torch
         >>> found = profile(nn.Linear(100, 10), torch.ones(8, 100), seconds=0.01)
         >>> found.parameters, found.flops, found.size_bytes
         (1010, 16000, 4040)
