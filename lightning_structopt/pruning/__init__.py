@@ -21,7 +21,7 @@ from lightning_structopt.pruning.ramps import (
 )
 from lightning_structopt.pruning.regrowth import Regrow, RigL
 from lightning_structopt.pruning.rewinding import Rewind, RewindLR, RewindWeights
-from lightning_structopt.pruning.semi_structured import to_semi_structured
+from lightning_structopt.pruning.semi_structured import SemiStructuredReport, to_semi_structured
 from lightning_structopt.pruning.sensitivity import Sensitivity, sensitivity
 from lightning_structopt.pruning.threshold import kth_smallest
 from lightning_structopt.pruning.wanda import Wanda
@@ -60,6 +60,7 @@ __all__ = [
     "RewindWeights",
     "RigL",
     "Scores",
+    "SemiStructuredReport",
     "Sensitivity",
     "Taylor",
     "Uniform",

@@ -26,6 +26,10 @@ class SemiStructuredReport:
     left: Mapping[str, str]
 
     @override
+    def __hash__(self) -> int:
+        return hash((self.converted, tuple(self.left.items())))
+
+    @override
     def __str__(self) -> str:
         lines = [f"{name}: converted" for name in self.converted]
         return "\n".join([*lines, *(f"{name}: left dense, {reason}" for name, reason in self.left.items())])
