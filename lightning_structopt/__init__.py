@@ -1,6 +1,7 @@
 """Structural optimization for PyTorch Lightning: make a model smaller, faster or better."""
 
 from lightning_structopt.lr_decay import LRDecay
+from lightning_structopt.profiling import profile
 from lightning_structopt.pruning import (
     LAMP,
     BatchNormScale,
@@ -27,9 +28,11 @@ from lightning_structopt.pruning import (
     PerLayer,
     Ramp,
     Random,
+    Regrow,
     Rewind,
     RewindLR,
     RewindWeights,
+    RigL,
     Taylor,
     Uniform,
     Unstructured,
@@ -38,6 +41,7 @@ from lightning_structopt.pruning import (
     neuron_importance,
     prune,
     sensitivity,
+    to_semi_structured,
 )
 from lightning_structopt.regularization import L1, L2, GroupLasso, Penalty, SparsityPenalty
 from lightning_structopt.schedules import (
@@ -91,9 +95,11 @@ __all__ = [
     "Polynomial",
     "Ramp",
     "Random",
+    "Regrow",
     "Rewind",
     "RewindLR",
     "RewindWeights",
+    "RigL",
     "Schedule",
     "SparsityPenalty",
     "Step",
@@ -104,6 +110,8 @@ __all__ = [
     "Warmup",
     "kth_smallest",
     "neuron_importance",
+    "profile",
     "prune",
     "sensitivity",
+    "to_semi_structured",
 ]

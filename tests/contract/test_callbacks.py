@@ -40,6 +40,14 @@ CALLBACKS: dict[str, Make] = {
     "IterativePruning, rewinding": lambda: so.IterativePruning(
         0.8, begin=0.3, rewind=so.RewindWeights(to=0.25), verbose=False
     ),
+    "IterativePruning, regrowth": lambda: so.IterativePruning(
+        0.8,
+        criterion=so.Random(seed=0),
+        pattern=so.Unstructured("layer", so.ErdosRenyi()),
+        interval="step",
+        regrow=so.RigL(every=3),
+        verbose=False,
+    ),
     "SparsityPenalty, proximal": lambda: so.SparsityPenalty(
         so.L1(1e-2), schedule=so.Warmup(5, then=so.Constant())
     ),

@@ -43,6 +43,7 @@ VALUES = [
     so.GroupLasso(1e-3, groups="channel"),
     so.RewindWeights(to=0.05),
     so.RewindLR(to=0.05),
+    so.RigL(fraction=0.2, every=50, until=0.6),
     so.Uniform(),
     so.ErdosRenyi(),
     so.PerLayer({"net.0.weight": 0.5}),
