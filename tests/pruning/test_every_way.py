@@ -96,6 +96,15 @@ REFUSED = {("EMA", "RewindWeights"), ("SWA", "RewindWeights")}
 CELLS = list(itertools.product(WAYS, FEATURES))
 
 
+class Count(pl.Callback):
+    """Counts batches: a run that resumes trains fewer of them."""
+
+    batches = 0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.batches += 1
+
+
 def batches(way: str) -> DataLoader:
     """Return the same 8 samples for an optimizer step, however they come together."""
     inputs, labels = dataset().tensors
@@ -113,8 +122,16 @@ def fit(root: Path, way: str, feature: str, epoch: int | None = None) -> dict[st
         folder, every_n_epochs=2, save_top_k=-1, filename="{epoch}" if epoch is None else "again-{epoch}"
     )
     options = fsdp2() if way == "FSDP2 x2" else how.options
+    count = Count()
     run = trainer(
-        root, *callbacks, *how.more(), saved, max_epochs=EPOCHS, use_distributed_sampler=False, **options
+        root,
+        *callbacks,
+        *how.more(),
+        saved,
+        count,
+        max_epochs=EPOCHS,
+        use_distributed_sampler=False,
+        **options,
     )
     module = how.make()
     module.net[1] = nn.Identity()  # a norm's statistics would depend on the batches of each rank
@@ -122,7 +139,7 @@ def fit(root: Path, way: str, feature: str, epoch: int | None = None) -> dict[st
     run.fit(module.to(how.dtype), batches(way), ckpt_path=checkpoint)
     parameters = {name: parameter.detach() for name, parameter in run.lightning_module.named_parameters()}
     weights = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in parameters.items()}
-    return {"masks": callbacks[0].masks, "weights": weights}
+    return {"masks": callbacks[0].masks, "weights": weights, "batches": count.batches}
 
 
 def on_ranks(rank: int, root: Path) -> None:
@@ -163,6 +180,7 @@ def test_cell(way: str, feature: str, request: Any, tmp_path: Path) -> None:
         straight, resumed = first
     else:
         straight, resumed = fit(tmp_path, way, feature), fit(tmp_path, way, feature, epoch=1)
+    assert resumed.pop("batches") == straight.pop("batches") // 2
     assert_same_state(resumed, straight)
     assert_sparsity(feature, **straight)
     if WAYS[way].same_mask:
