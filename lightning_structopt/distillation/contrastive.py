@@ -89,7 +89,7 @@ class ContrastiveRepresentation(DistillationLoss):
             return s.sum() * 0
         candidates = torch.cat([
             t,
-            self.queue_features.to(t.dtype),
+            self.queue_features,
         ])  # a copy: the queue changes before backward
         u = normalize(adapt_features(self.student_head, s))
         v = normalize(adapt_features(self.teacher_head, candidates))

@@ -283,6 +283,7 @@ def test_hint_in_mixed_and_in_half_precision() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         mixed = hint(student.bfloat16(), teacher.bfloat16())
     half = hint.bfloat16()(student.bfloat16(), teacher.half())
+    assert hint(student, teacher).item() == pytest.approx(half.item(), rel=2e-2)  # features in single precision
     assert mixed.dtype == half.dtype == torch.float32
     assert mixed.item() == pytest.approx(exact, rel=2e-2)
     assert half.item() == pytest.approx(exact, rel=2e-2)
