@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_structopt.pruning.outputs import Outputs
 from lightning_structopt.pruning.sharding import Sharding, full, local, part_of
 
 # On a CPU the square root takes a detour at exact zeros (measured: 12 times slower), which Adam's steps would feel.
@@ -26,15 +27,18 @@ class MaskSet:
         parameters: The parameters by name. They are referred to, never replaced.
         biases: By the name of a parameter, the bias of its rows (its own name and itself): an entry is zeroed
             with the whole of its row. Biases do not count.
+        outputs: Where the parameters have their rows; by default in the first dimension.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         biases: Mapping[str, tuple[str, nn.Parameter]] | None = None,
+        outputs: Outputs | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.biases = dict(biases or {})
+        self.outputs = Outputs() if outputs is None else outputs
         self.sharding = Sharding.of(self.parameters)
         self.total = sum(parameter.numel() for parameter in self.parameters.values())
         self.pruned = 0
@@ -77,7 +81,8 @@ class MaskSet:
         for name, weight in self.weights().items():
             self._factors[name] = _factor(masks[name], weight)
         for name, (_, bias) in self.biases.items():
-            self._bias_factors[name] = _factor(masks[name].flatten(1).any(1), local(bias.detach()))
+            rows = self.outputs.first(name, masks[name]).flatten(1)
+            self._bias_factors[name] = _factor(rows.any(1), local(bias.detach()))
         kept = (int(mask.count_nonzero()) for name, mask in masks.items() if self.sharding.counts(name))
         self.pruned = self.total - self.sharding.total(kept)
         self.apply()
@@ -135,7 +140,7 @@ class MaskSet:
         """
         if not self._factors or self._device.type != "cpu":
             return
-        state = next((s for p, s in optimizer.state.items() if id(p) in self._ids), {})
+        state: dict[str, Any] = next((s for p, s in optimizer.state.items() if id(p) in self._ids), {})
         if "step" in state and not _SECOND_MOMENTS.isdisjoint(state):
             step = int(state["step"])
             if step == 1 or step % _REFRESH == 0:

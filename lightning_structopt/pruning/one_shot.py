@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_structopt._checks import require_in, require_type
-from lightning_structopt.pruning.criteria import Criterion, Evidence, Magnitude
+from lightning_structopt.pruning.criteria import Criterion, Evidence, Magnitude, Scores
 from lightning_structopt.pruning.masks import MaskSet
+from lightning_structopt.pruning.outputs import Outputs
 from lightning_structopt.pruning.patterns import Pattern, Unstructured
 from lightning_structopt.pruning.selection import Pick, Spare, row_biases, select_parameters
 
@@ -70,8 +71,9 @@ def masks_for(
 ) -> MaskSet:
     """Choose the weights of ``module`` to prune, check that ``pattern`` fits them, and set up their masks."""
     weights = select_parameters(module, include, exclude, spare)
-    pattern.require(sparsity, weights)
-    return MaskSet(weights, row_biases(module, weights) if pattern.takes_bias else None)
+    outputs = Outputs.of(module, weights) if pattern.by_output else Outputs()
+    pattern.require(sparsity, {name: outputs.first(name, weight) for name, weight in weights.items()})
+    return MaskSet(weights, row_biases(module, weights, outputs) if pattern.takes_bias else None, outputs)
 
 
 @torch.no_grad()
@@ -94,7 +96,10 @@ def advance(
     """
     if sparsity * masks.total < 0.5:
         return False
-    before = masks.pruned
+    before, outputs = masks.pruned, masks.outputs
     scores = criterion.score(masks.weights(), evidence())
-    masks.update(pattern.choose(scores, masks.masks(), sparsity, masks.sharding))
+    rows = Scores({name: outputs.first(name, values) for name, values in scores.values.items()}, scores.power)
+    keep = {name: outputs.first(name, mask) for name, mask in masks.masks().items()}
+    chosen = pattern.choose(rows, keep, sparsity, masks.sharding)
+    masks.update({name: outputs.back(name, mask) for name, mask in chosen.items()})
     return masks.pruned != before

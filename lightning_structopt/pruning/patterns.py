@@ -25,6 +25,9 @@ class Pattern(ABC):
     takes_bias: bool = False
     """Whether the bias of a row goes with it."""
 
+    by_output: bool = False
+    """Whether it takes weights with their outputs first: those of transposed convolutions are turned for it."""
+
     @abstractmethod
     def choose(
         self, scores: Scores, keep: Mapping[str, Tensor], sparsity: float, sharding: Sharding = WHOLE
@@ -126,6 +129,7 @@ class NByM(Pattern):
 
     n: int
     m: int
+    by_output = True
 
     def __post_init__(self) -> None:
         require_whole("n", self.n, 1)
@@ -193,6 +197,7 @@ class Block(Pattern):
 
     shape: tuple[int, int]
     scope: Scope = "global"
+    by_output = True
 
     def __post_init__(self) -> None:
         require_choice("scope", self.scope, ("global", "layer"))
@@ -250,6 +255,7 @@ class Neurons(Pattern):
 
     scope: Scope = "layer"
     takes_bias = True
+    by_output = True
 
     def __post_init__(self) -> None:
         require_choice("scope", self.scope, ("global", "layer"))

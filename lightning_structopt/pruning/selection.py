@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_structopt.pruning.outputs import Outputs
+
 Pick = type[nn.Module] | str  # the type first, as a YAML file can name one only by a string
 Spare = Literal["first", "last", "both"]
 
@@ -52,7 +54,9 @@ class _Owner:
         return isinstance(self.module, pick)
 
 
-def row_biases(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, tuple[str, nn.Parameter]]:
+def row_biases(
+    module: nn.Module, weights: Mapping[str, Tensor], outputs: Outputs
+) -> dict[str, tuple[str, nn.Parameter]]:
     """Return, by the name of a weight, the name and the bias that belong to its rows, where there is one."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     biases = {}
@@ -60,7 +64,7 @@ def row_biases(module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, tu
         prefix, _, leaf = name.rpartition(".")
         bias_name = f"{prefix}.{leaf.replace('weight', 'bias')}".removeprefix(".")
         bias = parameters.get(bias_name)
-        if bias is not None and bias.shape == weight.shape[:1]:
+        if bias is not None and bias.shape == (outputs.count(name, weight),):
             biases[name] = bias_name, bias
     return biases
 
