@@ -94,7 +94,7 @@ class TeacherCache:
         return len(self._store) if self._store is not None else 0
 
     def open(self, fingerprint: str, names: Collection[str] | None = None) -> None:
-        """Read what is there. Called again, it sees what has come since.
+        """Read what is there, once; called again, what has come since.
 
         Args:
             fingerprint: Of the teacher, as :func:`fingerprint` gives it.
@@ -105,7 +105,10 @@ class TeacherCache:
                 lacks an output.
         """
         settings = {"dtype": name_of(self.dtype), "top_k": self.top_k, "class_dim": self.class_dim}
-        self._store = Store(self.directory, fingerprint, settings)
+        if self._store is not None and self._store.is_of(fingerprint) and self._store.is_whole():
+            self._store.refresh()
+        else:
+            self._store = Store(self.directory, fingerprint, settings)
         layout = self._store.layout
         if layout is not None and (lacking := set(names or ()) - {name for name, _ in layout.shapes}):
             raise self._lacks(min(lacking), layout)

@@ -22,9 +22,10 @@ class ContrastiveRepresentation(DistillationLoss):
     with :math:`u` and :math:`v` the student's and the teacher's features after trained linear heads, of length 1.
     Negatives are the other samples of the batch and, with ``queue``, the latest of earlier batches; given labels,
     only those of other classes. The paper keeps an embedding of every sample of the data set instead. That takes
-    memory and sample numbers, and its embeddings are an epoch old. The queue holds the teacher's features from
-    before the head, which never get old; it belongs to the state dict, so that training resumes with it. Tian et
-    al., "Contrastive Representation Distillation", 2020 (https://arxiv.org/abs/1910.10699).
+    memory and sample numbers, and its embeddings are an epoch old. The queue holds the teacher's features from before
+    the head, which never get old; it belongs to the state dict, so that training resumes with it. Under DDP each rank
+    has a queue of its own, of which a checkpoint holds the first rank's. Tian et al., "Contrastive Representation
+    Distillation", 2020 (https://arxiv.org/abs/1910.10699).
 
     Shapes: student and teacher vectors (N, C), or maps (N, C, H, W) and tokens (N, L, C), of which the mean over
     positions is taken, each with C of its own; target and mask (N,).

@@ -49,6 +49,14 @@ class Store:
     def __contains__(self, number: int) -> bool:
         return number in self._places
 
+    def is_of(self, fingerprint: str) -> bool:
+        """Tell whether the outputs are of the teacher with this ``fingerprint``."""
+        return bool(self._header["fingerprint"] == fingerprint)
+
+    def is_whole(self) -> bool:
+        """Tell whether all that was found is still there, and not removed by someone."""
+        return all(folder.is_dir() for folder in self._folders)
+
     def refresh(self) -> None:
         """Take in what has been written since, by any process.
 

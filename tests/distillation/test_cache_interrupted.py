@@ -1,6 +1,7 @@
 """The teacher cache when things go wrong: kills, cut-off files, a full disk, and others who write at once."""
 
 import os
+import shutil
 import signal
 import time
 import traceback
@@ -235,6 +236,32 @@ def test_readers_see_what_came_since(tmp_path: Path) -> None:
         writer.put(ids, outputs(ids))
         every = torch.arange(3 * step + 3)
         assert torch.equal(reader.get(every)["logits"], outputs(every)["logits"])
+
+
+def test_opening_again_reads_and_writes_on_where_it_was(tmp_path: Path) -> None:
+    cache, other, ids = opened(tmp_path), opened(tmp_path), torch.arange(6)
+    cache.put(ids[:2], outputs(ids[:2]))
+    store = cache._store
+    other.put(ids[2:4], outputs(ids[2:4]))
+    cache.open("teacher")
+    assert cache._store is store
+    assert len(cache) == 4
+    cache.put(ids[4:], outputs(ids[4:]))
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(ValueError, match="belongs to one teacher"):
+        cache.open("another")
+
+
+def test_a_directory_that_was_removed_is_started_anew(tmp_path: Path) -> None:
+    cache, ids = opened(tmp_path / "cache"), torch.arange(4)
+    cache.put(ids, outputs(ids))
+    shutil.rmtree(tmp_path / "cache")
+    cache.open("teacher")
+    assert cache.get(ids) is None
+    assert assert_true_and_completed(tmp_path / "cache", ids) == 0
+    shutil.rmtree(tmp_path / "cache")
+    cache.open("another")
+    cache.put(ids, outputs(ids + 1))
 
 
 def test_large_caches_are_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
