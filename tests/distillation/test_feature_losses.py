@@ -283,7 +283,9 @@ def test_hint_in_mixed_and_in_half_precision() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         mixed = hint(student.bfloat16(), teacher.bfloat16())
     half = hint.bfloat16()(student.bfloat16(), teacher.half())
-    assert hint(student, teacher).item() == pytest.approx(half.item(), rel=2e-2)  # features in single precision
+    assert hint(student, teacher).item() == pytest.approx(
+        half.item(), rel=2e-2
+    )  # features in single precision
     assert mixed.dtype == half.dtype == torch.float32
     assert mixed.item() == pytest.approx(exact, rel=2e-2)
     assert half.item() == pytest.approx(exact, rel=2e-2)
@@ -431,6 +433,25 @@ def test_contrast_resumes_with_its_queue() -> None:
     resumed.load_state_dict(straight.state_dict())
     for batch in batches[4:]:
         assert torch.equal(straight(*batch), resumed(*batch))
+
+
+@pytest.mark.parametrize("queue", [0, 32])
+def test_contrast_can_be_learnt(queue: int) -> None:
+    """A student that could say all the teacher does learns to tell samples apart."""
+    inputs = torch.randn(64, 3)
+    teacher, student = nn.Linear(3, 5)(inputs).detach(), nn.Linear(3, 3)
+    loss = ContrastiveRepresentation(dim=4, queue=queue)
+    loss.adapt(student(inputs), teacher)
+    optimizer = torch.optim.Adam([*student.parameters(), *loss.parameters()], lr=0.02)
+    history = []
+    for step in range(150):
+        batch = slice(16 * (step % 4), 16 * (step % 4) + 16)
+        value = loss(student(inputs[batch]), teacher[batch])
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        history.append(value.item())
+    assert sum(history[-4:]) < 0.2 * sum(history[1:5])
 
 
 def test_a_batch_larger_than_the_queue() -> None:

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import Classifier, dataset
+import torch.distributed as dist
+from support import Classifier, dataset, run_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_structopt.distillation.cache import TeacherCache
@@ -323,6 +327,35 @@ def test_fingerprint_knows_weights_buffers_names_and_classes() -> None:
         change(module)
         seen.add(fingerprint(module))
     assert len(seen) == 1 + len(changes)
+
+
+def make_teacher() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5))
+
+
+def test_fingerprint_of_a_compiled_teacher() -> None:
+    assert fingerprint(torch.compile(make_teacher())) == fingerprint(make_teacher())
+
+
+def sharded_fingerprint(rank: int, directory: Path) -> None:
+    """Each of two ranks has a part of the teacher, writes its own samples, and reads those of both."""
+    dist.init_process_group("gloo")
+    teacher = make_teacher()
+    whole = fingerprint(teacher)
+    fully_shard(teacher, mesh=init_device_mesh("cpu", (2,)))
+    assert isinstance(teacher[0].weight, DTensor)
+    assert fingerprint(teacher) == whole
+    cache = opened(directory, whole, dtype="float32")
+    ids = torch.arange(rank, 10, 2)
+    cache.put(ids, {"logits": ids[:, None].float()})
+    dist.barrier()
+    assert torch.equal(cache.get(torch.arange(10))["logits"].flatten(), torch.arange(10.0))
+    dist.destroy_process_group()
+
+
+def test_ranks_share_a_cache_and_know_a_sharded_teacher(tmp_path: Path) -> None:
+    run_ranks(sharded_fingerprint, tmp_path)
 
 
 def test_fingerprint_needs_weights() -> None:
