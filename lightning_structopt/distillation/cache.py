@@ -223,7 +223,7 @@ class TeacherCache:
     def _lacks(self, name: str, layout: Layout) -> ValueError:
         return ValueError(
             f"A cache needs all outputs that are asked for. Found {layout.described} in '{self.directory}' and not "
-            f"`{name}`. Give another `directory`, or remove that one."
+            f"`{name}`. Give another `directory`, or remove that one; `fill` keeps what its `forward` returns."
         )
 
     def _encoding(self, name: str) -> Encoding:
