@@ -19,7 +19,8 @@ from lightning_structopt.distillation.sample_ids import REMEDY
 from lightning_structopt.distillation.store import Store
 
 Forward = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
-_NOISE = 5e-3  # of a teacher that computes in float32, maybe by TF32, and other kernels for other batch sizes
+_NOISE = 5e-3  # of a teacher that computes in float32, maybe by TF32: other batch sizes take other kernels
+_NOISE_OF_HALF = 5e-2  # of one in half precision, whose rounding adds up from layer to layer
 
 
 class TeacherCache:
@@ -164,8 +165,8 @@ class TeacherCache:
             ids: Numbers of samples (N,) that are all there.
             outputs: What the teacher says now, (N, ...) by name, in the precision that it computed in.
             tolerance: How far they may be apart, relative to the largest number of a row, or of rows on average where
-                that is more; None for a few units of rounding in ``dtype`` or in that of ``outputs``, whatever is
-                coarser.
+                that is more; None for 0.05 where ``outputs`` are in half precision, and else for 0.005 or, if that is
+                more, a few units of rounding in ``dtype``.
 
         Raises:
             ValueError: If they are further apart, or a sample or an output isn't there.
@@ -232,7 +233,8 @@ class TeacherCache:
         return Rounded(self.dtype)
 
     def _tolerance(self, live: Tensor) -> float:
-        return max(4 * torch.finfo(self.dtype).eps, 4 * torch.finfo(live.dtype).eps, _NOISE)
+        noise = _NOISE_OF_HALF if live.dtype in {torch.float16, torch.bfloat16} else _NOISE
+        return max(4 * torch.finfo(self.dtype).eps, noise)
 
 
 def _require_within(tolerance: float, gaps: Tensor, numbers: list[int], name: str) -> None:
