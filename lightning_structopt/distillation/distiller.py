@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_structopt._horizon import steps_taken, training_horizon
 from lightning_structopt.distillation.balance import Balance, require_horizon
 from lightning_structopt.distillation.comparison import Comparison, enroll
+from lightning_structopt.distillation.means import Means
 from lightning_structopt.distillation.ranks import (
     average_gradients,
     require_whole_adapters,
@@ -37,6 +38,7 @@ class Distiller:
         self.comparison = comparison
         self.balance = balance
         self.factors = balance.factors(0, math.inf)
+        self.means = Means()
         self._scheduled = bool(self._schedules)
         self._horizon = math.inf
         self._adapted = False
@@ -54,6 +56,7 @@ class Distiller:
         self.taps.attach()
         self.comparison.losses.to(device).train()
         self._attached, self._adapted = True, False
+        self.means.take()
         if self._restored is not None:
             self.load_state_dict(self._restored, device)
         self._enroll(trainer)
@@ -89,7 +92,8 @@ class Distiller:
 
     def average_gradients(self, trainer: Any) -> None:
         """Average the gradients of adapters over ranks."""
-        average_gradients(trainer, self.comparison.adapters)
+        if adapters := self.comparison.adapters:
+            average_gradients(trainer, adapters)
 
     def total(self, task: Tensor, distillation: Tensor) -> Tensor:
         """Return both, by their factors of this step."""

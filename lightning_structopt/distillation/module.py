@@ -14,18 +14,21 @@ from torch._dynamo import OptimizedModule
 from typing_extensions import override
 
 from lightning_structopt._checks import require_lightning, require_type
+from lightning_structopt.distillation.appointment import appoint
 from lightning_structopt.distillation.balance import Balance
 from lightning_structopt.distillation.batches import default_input
+from lightning_structopt.distillation.cache import TeacherCache
 from lightning_structopt.distillation.comparison import Comparison
 from lightning_structopt.distillation.distiller import Distiller
 from lightning_structopt.distillation.export import whole_on_cpu, write_safely
-from lightning_structopt.distillation.following import EMATeacher, FollowingTeacher
+from lightning_structopt.distillation.following import EMATeacher
 from lightning_structopt.distillation.losses import DistillationLoss, SoftTarget
 from lightning_structopt.distillation.pairs import Place, Weighted, pairs_from
+from lightning_structopt.distillation.sample_ids import Identified
 from lightning_structopt.distillation.sharding import shard
 from lightning_structopt.distillation.stand_in import StandIn
 from lightning_structopt.distillation.taps import LOGITS, Taps
-from lightning_structopt.distillation.teacher import FrozenTeacher, Precision, require_apart
+from lightning_structopt.distillation.teacher import Precision
 from lightning_structopt.schedules import Schedule
 
 Outputs: TypeAlias = Tensor | dict[str, Tensor]
@@ -40,8 +43,9 @@ class DistillationModule(StandIn):
     Give it to the trainer in the student's place. The student's steps, optimizers, schedulers, logging, data loaders
     and other hooks work as they did; the outputs that losses compare are caught in the very pass that its
     ``training_step`` makes. Parameters, state-dict keys and hyperparameters are the student's, so every checkpoint
-    loads into the student's own class. Logged for each epoch: ``kd/task``, ``kd/`` and the name of each loss, and
-    ``kd/agreement``, how often both rate the same class highest.
+    loads into the student's own class. Logged as means over each epoch: ``kd/task``, ``kd/`` and the name of each
+    loss, and ``kd/agreement``, how often both rate the same class highest; every ``log_every_n_steps`` steps a logger
+    gets them with ``_step`` after the name.
 
     A subclass may override :meth:`distillation_loss`. A hook that it overrides takes the place of the student's; call
     that as ``self.student.on_train_epoch_end()``.
@@ -66,6 +70,8 @@ class DistillationModule(StandIn):
             trainer's precision says.
         shard_teacher: Whether ranks share the teacher's weights, under ``ModelParallelStrategy`` (FSDP2); by default
             each holds all of them.
+        cache: Keeps the teacher's outputs by sample, so that it runs once for each. The training data set must be
+            wrapped in :class:`~lightning_structopt.WithIds`; the student sees its batches as without.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -84,6 +90,7 @@ class DistillationModule(StandIn):
     _by_place: bool
     _takes_index: bool
     _shards_teacher: bool
+    _ids: Tensor | None
 
     def __init__(
         self,
@@ -98,19 +105,26 @@ class DistillationModule(StandIn):
         mask: Callable[[Any], Tensor] | None = None,
         teacher_precision: Precision | None = None,
         shard_teacher: bool = False,
+        cache: TeacherCache | None = None,
     ) -> None:
         super().__init__(_require_student(student))
+        if shard_teacher and cache is not None:
+            raise ValueError(
+                "A teacher in shards is asked by all ranks together, and a cache may answer some of them. Found "
+                "`shard_teacher=True` and a `cache`. Leave one of them out."
+            )
         pairs = pairs_from(SoftTarget() if loss is None else loss)
         read = default_input if teacher_input is None else teacher_input
         # Straight into the dict: what a student has of this name stays the student's.
         vars(self)["_kd"] = Distiller(
-            self._kept_apart(teacher, [pair.teacher for pair in pairs], read, teacher_precision),
+            appoint(teacher, self.student, pairs, read, teacher_precision, cache),
             Taps(self.student, [pair.student for pair in pairs], "student"),
             Comparison(pairs, target, mask),
             Balance(alpha, weight, schedule),
         )
         vars(self)["_by_place"] = isinstance(loss, Mapping)
         vars(self)["_shards_teacher"] = shard_teacher
+        vars(self)["_ids"] = None
         if isinstance(teacher, EMATeacher):
             # Not at the end of the batch: checkpoints are saved before that.
             vars(self)["optimizer_step"] = self._step_and_follow
@@ -133,7 +147,7 @@ class DistillationModule(StandIn):
         """
         student, teacher = self._places_of(student_out), self._places_of(teacher_out)
         values = self._kd.comparison.values(student, teacher, batch)
-        self._log_mean({f"kd/{title}": value for title, value in values.items()}, student)
+        self._note({f"kd/{title}": value for title, value in values.items()}, student)
         return self._kd.comparison.total(values)
 
     def export_student(self, path: str | Path) -> None:
@@ -169,12 +183,12 @@ class DistillationModule(StandIn):
             output = self.student.training_step(*arguments)
         if output is None:  # the student skips this batch
             return None
-        student, teacher = kd.taps.take(), kd.teacher(batch, batch_idx)
+        student, teacher = kd.taps.take(), kd.teacher(batch, batch_idx, self._ids)
         kd.adapt(student, teacher, trainer)
         distillation = self.distillation_loss(self._shown(student), self._shown(teacher), batch)
         task = output["loss"] if isinstance(output, Mapping) else output
         logged = {"kd/task": task, "kd/agreement": kd.comparison.agreement(student, teacher, batch)}
-        self._log_mean({name: value for name, value in logged.items() if value is not None}, student)
+        self._note({name: value for name, value in logged.items() if value is not None}, student)
         total = kd.total(task, distillation)
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
@@ -194,7 +208,21 @@ class DistillationModule(StandIn):
     def on_train_start(self) -> None:
         # Not earlier: asking for the horizon loads the data, after which a stateful loader is not restored.
         self._kd.start(self.trainer)
+        self._kd.teacher.require_data(self.trainer.train_dataloader)
         self.student.on_train_start()
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self._kd.teacher.start_epoch()
+        self.student.on_train_epoch_start()
+
+    @override
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        # Before any hook of student or data module, and on the CPU, where a cache wants the numbers.
+        vars(self)["_ids"] = None
+        if isinstance(batch, Identified):
+            vars(self)["_ids"], batch = batch
+        return super()._on_before_batch_transfer(batch, dataloader_idx)
 
     @override
     def on_after_backward(self) -> None:
@@ -204,6 +232,9 @@ class DistillationModule(StandIn):
     @override
     def on_train_epoch_end(self) -> None:
         self._kd.teacher.require_numbers()
+        if not self.trainer.barebones:
+            samples = self._kd.means.samples
+            self.log_dict(self._kd.means.take(), sync_dist=True, batch_size=samples)
         self.student.on_train_epoch_end()
 
     @override
@@ -230,18 +261,7 @@ class DistillationModule(StandIn):
     def _place_teacher(self, device: torch.device) -> None:
         if self._shards_teacher:
             shard(self.teacher, self.device_mesh, device)
-        else:
-            self.teacher.to(device)
-
-    def _kept_apart(
-        self, teacher: object, places: list[str], read: Callable[[Any], Any], precision: Precision | None
-    ) -> FrozenTeacher:
-        if isinstance(teacher, EMATeacher):
-            return FollowingTeacher(self.student, places, read, teacher, precision)
-        require_type("teacher", teacher, nn.Module)
-        assert isinstance(teacher, nn.Module)
-        require_apart(teacher, self.student)
-        return FrozenTeacher(teacher, places, read, precision)
+        self._kd.teacher.to(device)
 
     def _shown(self, outputs: dict[str, Tensor]) -> Outputs:
         return outputs if self._by_place else next(iter(outputs.values()))
@@ -249,11 +269,19 @@ class DistillationModule(StandIn):
     def _places_of(self, outputs: Outputs) -> dict[str, Tensor]:
         return outputs if isinstance(outputs, dict) else {LOGITS: outputs}
 
-    def _log_mean(self, values: dict[str, Tensor], student: Mapping[str, Tensor]) -> None:
-        if self._trainer is not None and not self._trainer.barebones:
-            output = next(iter(student.values()))
-            size = len(output) if output.ndim else 1
-            self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+    def _note(self, values: dict[str, Tensor], student: Mapping[str, Tensor]) -> None:
+        """Take ``values`` into the means of the epoch; where the logger writes this step, log them as they are."""
+        output = next(iter(student.values()))
+        samples = len(output) if output.ndim else 1
+        self._kd.means.add(values, samples)
+        trainer: Any = self._trainer
+        if (
+            trainer is not None
+            and trainer.logger
+            and (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+        ):
+            steps = {f"{name}_step": value for name, value in values.items()}
+            self.log_dict(steps, on_step=True, on_epoch=False, batch_size=samples)
 
 
 def _require_student(student: object) -> pl.LightningModule:

@@ -20,7 +20,7 @@ def average_gradients(trainer: Any, adapters: Sequence[nn.Parameter]) -> None:
     Doing so after each batch of an accumulation gives the same as once after the last, as the average is linear, and
     gradients are alike before a scaler looks at them.
     """
-    if trainer.world_size == 1 or not adapters:
+    if trainer.world_size == 1:
         return
     gradients = [torch.zeros_like(a) if a.grad is None else a.grad for a in adapters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])

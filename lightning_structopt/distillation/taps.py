@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -134,10 +135,7 @@ class Taps:
     def _hook(self, name: str) -> Any:
         def catch(module: nn.Module, args: Any, output: Any) -> None:
             if self._open:
-                version = (
-                    output._version if isinstance(output, Tensor) and not output.is_inference() else None
-                )
-                self._caught[name].append((output, version))
+                self._caught[name].append((output, _version_of(output)))
 
         return catch
 
@@ -164,3 +162,10 @@ class Taps:
             f"`{name}` of the {self.owner} must run exactly once in a training step. Found {runs} runs. Tap another "
             "module, one that runs once."
         )
+
+
+def _version_of(output: Any) -> int | None:
+    """Return what counts changes in place; None where nothing does, or a compiler orders them."""
+    if not isinstance(output, Tensor) or torch.compiler.is_compiling() or output.is_inference():
+        return None
+    return output._version

@@ -1,5 +1,6 @@
 """The teacher: kept out of the student's sight, frozen, on the student's device."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeAlias
@@ -52,6 +53,7 @@ class FrozenTeacher:
         self.read = read
         self.precision = precision
         self.taps = Taps(module, places, "teacher")
+        self.device = torch.device("cpu")
         self._parts: tuple[nn.Module, ...] = ()
         self._first_nan: Tensor | None = None
 
@@ -65,18 +67,32 @@ class FrozenTeacher:
         self._first_nan = None
         self.taps.attach()
 
+    def to(self, device: torch.device) -> None:
+        """Move the module, and have answers there."""
+        self.device = device
+        self.module.to(device)
+
+    def start_epoch(self) -> None:
+        """Get ready for an epoch: nothing to do."""
+        return
+
+    def require_data(self, loader: Any) -> None:
+        """Raise if the teacher can't be asked about what ``loader`` gives; it can be about anything."""
+        return
+
     def detach(self) -> None:
         """Leave the module as it was, but in ``eval`` mode."""
         self.taps.remove()
         self._parts = ()
 
     @torch.no_grad()
-    def __call__(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def __call__(self, batch: Any, batch_idx: int, ids: Tensor | None = None) -> dict[str, Tensor]:
         """Return what the teacher says of a batch, by place.
 
         Args:
             batch: What the student's ``training_step`` is given.
             batch_idx: Its number, for messages.
+            ids: Numbers of its samples, for teachers that remember them.
 
         Raises:
             ValueError: If an output is NaN or requires a gradient.
@@ -88,12 +104,13 @@ class FrozenTeacher:
                 part.training = False
         with self.taps, self._autocast():
             call_with(self.module, self._as_weights(self.read(batch)))
-        outputs = self.taps.take()
-        if any(output.requires_grad for output in outputs.values()):
+        caught = self.taps.take()
+        if any(output.grad_fn is not None for output in caught.values()):
             raise ValueError(
                 "The teacher must be frozen. Found an output that requires a gradient, so its `forward` switches "
                 "gradients on. Remove `torch.enable_grad()` from it; to train both, use `MutualDistillation`."
             )
+        outputs = {place: output.detach() for place, output in caught.items()}  # a weight's view requires one
         self._look_for_nan(outputs, batch_idx)
         return outputs
 
@@ -125,11 +142,18 @@ class FrozenTeacher:
         return self
 
     def _look_for_nan(self, outputs: dict[str, Tensor], batch_idx: int) -> None:
-        found = torch.stack([output.sum().isnan() for output in outputs.values()]).any()
+        sums = [output.sum() for output in outputs.values()]
+        if all(one.device.type == "cpu" for one in sums):
+            if any(math.isnan(one) for one in sums):
+                self._first_nan = torch.tensor(batch_idx)
+            self.require_numbers()
+            return
+        # On an accelerator the first bad batch is kept there, and looked at now and then.
+        found = torch.stack([one.isnan() for one in sums]).any()
         seen = torch.where(found, batch_idx, -1)
         first = self._first_nan
         self._first_nan = seen if first is None else torch.where(first >= 0, first, seen)
-        if seen.device.type == "cpu" or batch_idx % _CHECK_EVERY == 0:
+        if batch_idx % _CHECK_EVERY == 0:
             self.require_numbers()
 
     def _autocast(self) -> AbstractContextManager[Any]:

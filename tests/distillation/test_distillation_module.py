@@ -128,6 +128,32 @@ def test_logged_values_are_means_over_the_epochs_samples(tmp_path: Path) -> None
         assert run.callback_metrics[f"kd/{name}"] == pytest.approx(torch.cat(parts).mean().item(), abs=1e-5)
 
 
+def test_steps_are_logged_where_a_logger_writes(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    fit(tmp_path, distilling(), logger=logger, log_every_n_steps=3)
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    place = rows[0].split(",").index("kd/SoftTarget_step")
+    assert sum(row.split(",")[place] != "" for row in rows[1:]) == 16 // 3
+    assert {"kd/task", "kd/SoftTarget", "kd/agreement"} <= set(rows[0].split(","))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by `self.log`, which is compiled too
+@pytest.mark.parametrize("what", ["student", "part", "whole"])
+def test_compiled(what: str, tmp_path: Path) -> None:
+    short = {"limit_train_batches": 2, "limit_val_batches": 0}
+    plain = distilling()
+    fit(tmp_path, plain, max_epochs=1, **short)
+    student = Classifier(adamw)
+    if what == "part":
+        student.net.compile(backend="eager")
+    given = torch.compile(student, backend="eager") if what == "student" else student
+    module = distilling(student=given)
+    fit(
+        tmp_path, torch.compile(module, backend="eager") if what == "whole" else module, max_epochs=1, **short
+    )
+    torch.testing.assert_close(student.state_dict(), plain.state_dict())
+
+
 def test_a_barebones_trainer_logs_nothing(tmp_path: Path) -> None:
     class Quiet(Classifier):
         def log(self, *args: Any, **kwargs: Any) -> None:
