@@ -1,7 +1,7 @@
 """Structural optimization for PyTorch Lightning: make a model smaller, faster or better."""
 
 from lightning_structopt.lr_decay import LRDecay
-from lightning_structopt.profiling import profile
+from lightning_structopt.profiling import CostMonitor, compare, profile
 from lightning_structopt.pruning import (
     LAMP,
     BatchNormScale,
@@ -67,6 +67,7 @@ __all__ = [
     "Calibration",
     "Constant",
     "Cosine",
+    "CostMonitor",
     "Criterion",
     "CubicRamp",
     "Distribution",
@@ -108,6 +109,7 @@ __all__ = [
     "Unstructured",
     "Wanda",
     "Warmup",
+    "compare",
     "kth_smallest",
     "neuron_importance",
     "profile",

@@ -55,7 +55,7 @@ def count_flops(module: nn.Module, call: Call) -> Flops:
         for context in (undisturbed(module), _without_fused_recurrence(module), plain_attention()):
             stack.enter_context(context)
         stack.enter_context(_following(module, where))
-        stack.enter_context(torch.no_grad())
+        # With gradients: without, torch's counter stumbles over a module that returns a parameter as it is.
         stack.enter_context(FlopCounterMode(display=False, custom_mapping=mapping))
         call(module)
     return {name: (flops, effective) for name, (flops, effective) in found.items()}

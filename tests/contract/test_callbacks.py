@@ -56,6 +56,7 @@ CALLBACKS: dict[str, Make] = {
     ),
     "LRDecay, steps": lambda: so.LRDecay(so.Warmup(3, then=so.Cosine(minimum=0.1))),
     "LRDecay, epochs": lambda: so.LRDecay(so.Polynomial(power=2.0), interval="epoch"),
+    "CostMonitor": so.CostMonitor,
     "LRDecay, horizon": lambda: so.LRDecay(so.Linear(), horizon=9),
 }
 every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)

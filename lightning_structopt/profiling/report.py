@@ -1,0 +1,255 @@
+"""The report of a comparison: for the terminal, for documents, for machines, and as a page."""
+
+import csv
+import html
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from typing_extensions import override
+
+from lightning_structopt.profiling.profiler import Profile
+from lightning_structopt.profiling.significance import Difference
+from lightning_structopt.profiling.training_cost import TrainingCost
+
+_LOWER_IS_BETTER = {"MSE", "RMSE", "MAE", "perplexity", "calibration error", "loss"}
+_COSTS: dict[str, Callable[[Profile], float]] = {
+    "parameters": lambda found: found.parameters,
+    "nonzero": lambda found: found.nonzero,
+    "bytes": lambda found: found.size_bytes,
+    "compressed": lambda found: found.compressed_bytes,
+    "FLOPs": lambda found: found.flops,
+    "effective FLOPs": lambda found: found.effective_flops,
+    "latency (ms)": lambda found: found.latency_ms,
+}
+
+
+def lower_is_better(metric: str) -> bool:
+    """Tell whether less of ``metric`` is better."""
+    return metric in _LOWER_IS_BETTER
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module of a comparison.
+
+    Args:
+        name: Its name.
+        metrics: Its quality by metric; empty if it failed.
+        profile: Its costs; None if it failed.
+        against_first: How its samples differ from those of the first module; None for the first and for text.
+        training: What its training cost, where that was given.
+        is_pareto: Whether no other module is at least as good in the first metric and as fast, and better in one.
+        failure: Why it has no figures.
+    """
+
+    name: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    profile: Profile | None = None
+    against_first: Difference | None = None
+    training: TrainingCost | None = None
+    is_pareto: bool = False
+    failure: str | None = None
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Its costs by name, as the report shows them; empty if it failed."""
+        return (
+            {} if self.profile is None else {name: float(cost(self.profile)) for name, cost in _COSTS.items()}
+        )
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """What :func:`compare` found: ``rich.print(report)``, or write it.
+
+    Args:
+        entries: One for each module, in the order given.
+    """
+
+    entries: tuple[Entry, ...]
+
+    def __getitem__(self, name: str) -> Entry:
+        return next(entry for entry in self.entries if entry.name == name)
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Return the header and the rows of the table as text.
+
+        Metrics come with their difference to the reference, costs with their ratio to it. A star marks a
+        difference of samples that is more than chance (95% bootstrap interval).
+        """
+        metrics = list(self.reference.metrics)
+        trained = any(entry.training for entry in self.entries)
+        header = ["model", *metrics, *_COSTS, *(["training (s)"] if trained else []), "note"]
+        return header, [list(self._cells(entry, metrics, trained)) for entry in self.entries]
+
+    @property
+    def reference(self) -> Entry:
+        """The module that the others are set against: the first that runs."""
+        return next(entry for entry in self.entries if entry.profile is not None)
+
+    def _cells(self, entry: Entry, metrics: list[str], trained: bool) -> Iterator[str]:
+        first = self.reference
+        yield entry.name
+        for position, metric in enumerate(metrics):
+            yield _metric_cell(entry, metric, first, starred=position == 0)
+        costs, base = entry.costs, first.costs
+        for cost in _COSTS:
+            ratio = (
+                "" if entry is first or not costs or not base[cost] else f" ({costs[cost] / base[cost]:.2f}x)"
+            )
+            yield f"{_number(costs[cost])}{ratio}" if costs else ""
+        if trained:
+            yield "" if entry.training is None else f"{entry.training.seconds:.1f}"
+        yield "Pareto" if entry.is_pareto else entry.failure or ""
+
+    def table(self) -> Table:
+        """Return the report as a table for the terminal, one column a module."""
+        header, rows = self.rows()
+        table = Table(title=f"Against {self.reference.name}", caption=self._notes(), caption_justify="left")
+        table.add_column("")
+        for row in rows:
+            table.add_column(row[0], justify="right")
+        for index, name in enumerate(header[1:], start=1):
+            table.add_row(name, *(row[index] for row in rows))
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    @override
+    def __str__(self) -> str:
+        console = Console(width=120)
+        with console.capture() as capture:
+            console.print(self.table())
+        return capture.get()
+
+    def _notes(self) -> str:
+        notes = []
+        for entry in self.entries:
+            if (gap := entry.against_first) is not None:
+                p_value = "" if gap.p_value is None else f", McNemar p = {gap.p_value:.2g}"
+                notes.append(
+                    f"{entry.name}: per sample {gap.mean:+.4g} (95%: {gap.low:+.4g} to {gap.high:+.4g}{p_value})"
+                )
+            if entry.failure is not None:
+                notes.append(f"{entry.name}: {entry.failure}")
+        return "\n".join(notes)
+
+    def to_markdown(self, path: str | Path | None = None) -> str:
+        """Return the report as a Markdown table, and write it to ``path`` if given."""
+        header, rows = self.rows()
+        lines = [header, ["---"] * len(header), *rows]
+        text = "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        )
+        return _written(text, path)
+
+    def to_csv(self, path: str | Path | None = None) -> str:
+        """Return one row of plain numbers for each module as CSV, and write it to ``path`` if given."""
+        rows = [
+            {"model": entry.name, **entry.metrics, **entry.costs}
+            | ({} if entry.training is None else {"training_seconds": entry.training.seconds})
+            | {"pareto": entry.is_pareto, "failure": entry.failure or ""}
+            for entry in self.entries
+        ]
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return _written(text.getvalue().rstrip("\n"), path)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return everything that was found as JSON, and write it to ``path`` if given."""
+        return _written(
+            json.dumps([asdict(entry) | {"costs": entry.costs} for entry in self.entries], indent=2), path
+        )
+
+    def plot(self, path: str | Path | None = None, *, cost: str = "latency (ms)") -> Any:
+        """Draw the first metric over a cost, the Pareto front marked; returns a matplotlib figure.
+
+        Args:
+            path: Where to save it, if anywhere.
+            cost: One of the costs of the report.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+            ValueError: If there is no such cost.
+        """
+        if cost not in _COSTS:
+            raise ValueError(f"`cost` must be one of {', '.join(map(repr, _COSTS))}. Found {cost!r}.")
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("A plot needs matplotlib. Install `lightning-structopt[plot]`.") from error
+        sound = [entry for entry in self.entries if entry.profile is not None]
+        metric = next(iter(self.reference.metrics))
+        figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for entry in sound:
+            place = (entry.costs[cost], entry.metrics[metric])
+            axes.plot(*place, "o", color="tab:blue" if entry.is_pareto else "tab:gray")
+            axes.annotate(entry.name, place, textcoords="offset points", xytext=(6, 4))
+        axes.set(xlabel=cost, ylabel=metric, title="blue: nothing is both better and faster")
+        axes.margins(0.15)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """Return the report as one page that needs nothing else, and write it to ``path`` if given."""
+        header, rows = self.rows()
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+        )
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self._notes().splitlines())
+        page = _PAGE.format(head=head, body=body, notes=notes, plot=self._svg())
+        return _written(page, path)
+
+    def _svg(self) -> str:
+        try:
+            figure = self.plot()
+        except ImportError:
+            return ""
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg")
+        return drawn.getvalue().partition("<svg")[2].join(["<svg", ""])
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Comparison</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }}
+th:first-child, td:first-child {{ text-align: left; font-weight: 600; }}
+.wide {{ overflow-x: auto; }} svg {{ max-width: 40rem; height: auto; }}
+</style></head><body><h1>Comparison</h1>
+<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+<ul>{notes}</ul>{plot}</body></html>"""
+
+
+def _metric_cell(entry: Entry, metric: str, first: Entry, *, starred: bool) -> str:
+    if metric not in entry.metrics:
+        return ""
+    value = entry.metrics[metric]
+    if entry is first:
+        return f"{value:.4f}"
+    star = "*" if starred and entry.against_first is not None and entry.against_first.is_significant else ""
+    return f"{value:.4f} ({value - first.metrics[metric]:+.4f}{star})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        Path(path).write_text(text + "\n")
+    return text
