@@ -218,7 +218,7 @@ class IterativePruning(Callback):
     def _before_step(self, trainer: Any, pl_module: "pl.LightningModule", optimizer: Optimizer) -> None:
         # After unscaling and accumulation, before clipping.
         run = self._in_training()
-        run.collector.observe_gradients(p for group in optimizer.param_groups for p in group["params"])
+        run.observe(optimizer)
         if self._is_due(trainer) and run.collector.has_all:
             self._prune(trainer, pl_module)
         if run.regrow(steps_taken(trainer), optimizer, trainer.optimizers, averaged_modules(trainer)):

@@ -74,6 +74,12 @@ class PruningRun:
         self.collector.detach()
         self.guard.detach()
 
+    def observe(self, optimizer: Optimizer) -> None:
+        """Show the criterion the gradients that ``optimizer`` is about to use, while there is something to score."""
+        if self.regrower is None or self.masks.pruned == 0:
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            self.collector.observe_gradients(parameters)
+
     def prune(self, sparsity: float) -> bool:
         """Raise the sparsity to ``sparsity`` and tell whether anything changed."""
         changed = advance(

@@ -4,9 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import ManualClassifier, adamw, assert_same_state, loader, sgd, trainer
+from torch import nn
 
 from lightning_structopt.pruning import GradientSquared, IterativePruning, Movement, Random, RigL, Taylor
+from lightning_structopt.pruning.raw_steps import RawSteps
 
 
 class Closures(ManualClassifier):
@@ -22,6 +25,26 @@ class Closures(ManualClassifier):
                 return loss
 
             optimizer.step(closure=closure) if batch_idx % 2 else optimizer.step(closure)
+
+
+def test_every_step_is_heard_of_once() -> None:
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    heard: list[Any] = []
+    steps = RawSteps(heard.append)
+    steps.attach([optimizer])
+    steps.attach([optimizer])  # again, as for a second fit
+    for announced in (True, False):
+        for closure in (None, lambda: layer(torch.ones(2)).sum()):
+            heard.clear()
+            if announced:
+                steps.announce(optimizer)
+            optimizer.step(closure)
+            assert len(heard) == (not announced)
+    heard.clear()
+    steps.detach()
+    optimizer.step()
+    assert not heard
 
 
 CALLBACKS = {

@@ -241,6 +241,17 @@ def test_fit_again_exchanges_again(tmp_path: Path) -> None:
         assert len({str(masks) for masks, *_ in look.seen}) == 4
 
 
+def test_a_criterion_is_shown_what_the_first_mask_takes_and_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(
+        Taylor, "accumulate", lambda self, total, weight, gradient: seen.append(total.add_(1))
+    )
+    trainer(tmp_path, rigl(criterion=Taylor())).fit(Classifier(), loader())
+    assert len(seen) == 2  # layers, in one step
+
+
 def test_fast_dev_run_exchanges_once(tmp_path: Path) -> None:
     pruning = rigl()
     before, after = Look(pruning), Look(pruning)
