@@ -73,7 +73,7 @@ def to_semi_structured(
                 f"`masks` must name parameters of the module. Found `{name}`, which is none of "
                 f"`{type(module).__name__}`. Give the masks of this module."
             )
-        reason = _obstacle(owners, name) or _convert(owners[name], name.rpartition(".")[2])
+        reason = _obstacle(module, owners, name) or _convert(owners[name], name.rpartition(".")[2])
         if reason is None:
             converted.append(name)
         else:
@@ -102,13 +102,17 @@ def _owners(module: nn.Module) -> dict[str, nn.Module]:
     return computed | places
 
 
-def _obstacle(owners: Mapping[str, nn.Module], name: str) -> str | None:
+def _obstacle(module: nn.Module, owners: Mapping[str, nn.Module], name: str) -> str | None:
     """Return why the named weight can't be converted, or None."""
     layer, leaf = owners[name], name.rpartition(".")[2]
     if not isinstance(layer, nn.Linear) or leaf != "weight":
         return f"it belongs to a `{type(layer).__name__}`, and only linear layers have a sparse kernel"
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return "its attention reads it without calling the layer"
+    around = module.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+    if isinstance(around, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        remedy = "call `torch.backends.mha.set_fastpath_enabled(False)`"
+        return f"the fast path of its `TransformerEncoderLayer` reads it without calling the layer; {remedy}"
     weight = layer._parameters.get("weight")
     if weight is None:
         return "it is computed from other parameters; remove the parametrization first"

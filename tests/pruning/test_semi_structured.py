@@ -64,6 +64,11 @@ REASONS: dict[str, tuple[Any, str, str]] = {
         "out_proj.weight",
         "reads it without calling the layer",
     ),
+    "encoder": (
+        lambda: nn.TransformerEncoderLayer(64, 2, 64),
+        "linear1.weight",
+        r"the fast path of its `TransformerEncoderLayer` .*set_fastpath_enabled\(False\)",
+    ),
     "weight norm": (
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(64, 64))),
         "0.weight",
@@ -85,6 +90,15 @@ def test_every_reason_is_given(name: str) -> None:
     for key, value in module.state_dict().items():
         assert value.data_ptr() == before[key][0].data_ptr()
         assert torch.equal(value, before[key][1])
+
+
+def test_an_encoder_without_its_fast_path_is_converted_as_any() -> None:
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        module = nn.TransformerEncoderLayer(64, 2, 64)
+        assert "not 2:4" in to_semi_structured(module, ["linear1.weight"]).left["linear1.weight"]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
 
 
 def test_by_default_all_linear_layers_are_tried() -> None:
