@@ -46,6 +46,7 @@ class PruningRun:
         self.collector = EvidenceCollector(criterion, masks.parameters)
         self._module = module
         self._pattern = pattern
+        self._asked_for: float | None = None
         self._raw_steps: RawSteps | None = None
 
     def attach(self, optimizers: Sequence[Optimizer], *, gradients_are_final: bool) -> None:
@@ -82,6 +83,9 @@ class PruningRun:
 
     def prune(self, sparsity: float) -> bool:
         """Raise the sparsity to ``sparsity`` and tell whether anything changed."""
+        if sparsity == self._asked_for:
+            return False  # spare the scoring, which may run a whole calibration set
+        self._asked_for = sparsity
         changed = advance(
             self.masks,
             sparsity,

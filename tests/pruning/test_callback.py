@@ -23,6 +23,7 @@ from lightning_structopt.pruning import (
     GeometricRamp,
     IterativePruning,
     LinearRamp,
+    Magnitude,
     NByM,
     Neurons,
     OneCycleRamp,
@@ -168,6 +169,14 @@ def test_every_ramp_ends_exactly(tmp_path: Path, ramp: Ramp, interval: Any) -> N
     module = Classifier()
     fit(tmp_path, module, quiet(0.777, ramp=ramp, interval=interval), max_epochs=5)
     assert zeros(module) == round(0.777 * WEIGHTS)
+
+
+def test_a_ramp_that_rests_scores_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored, score = [], Magnitude.score
+    monkeypatch.setattr(Magnitude, "score", lambda *args: scored.append(True) or score(*args))
+    fit(tmp_path, module := Classifier(), quiet(ramp=OneShotRamp()))
+    assert len(scored) == 1
+    assert zeros(module) == round(0.8 * WEIGHTS)
 
 
 def test_the_ramp_is_followed_epoch_by_epoch(tmp_path: Path) -> None:
