@@ -3,12 +3,36 @@
 import io
 import os
 import pickle
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+
+def export(student: Any, path: str | Path) -> None:
+    """Write a LightningModule alone, as ``load_from_checkpoint`` and ``ckpt_path`` take it; all ranks call it together.
+
+    Args:
+        student: The module.
+        path: Where to.
+
+    Raises:
+        ValueError: If its hyperparameters, or what it adds to checkpoints, are not plain data.
+    """
+    checkpoint: dict[str, Any] = {
+        "pytorch-lightning_version": version("lightning"),
+        "state_dict": whole_on_cpu(student.state_dict()),
+    }
+    if student.hparams:
+        checkpoint[student.CHECKPOINT_HYPER_PARAMS_KEY] = dict(student.hparams)
+        if name := getattr(student, "_hparams_name", None):
+            checkpoint[student.CHECKPOINT_HYPER_PARAMS_NAME] = name
+    student.on_save_checkpoint(checkpoint)
+    if student.global_rank == 0:
+        write_safely(checkpoint, path)
 
 
 def whole_on_cpu(state: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Distillation as a LightningModule that stands in for the student."""
 
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,7 +19,7 @@ from lightning_structopt.distillation.batches import default_input
 from lightning_structopt.distillation.cache import TeacherCache
 from lightning_structopt.distillation.comparison import Comparison
 from lightning_structopt.distillation.distiller import Distiller
-from lightning_structopt.distillation.export import whole_on_cpu, write_safely
+from lightning_structopt.distillation.export import export
 from lightning_structopt.distillation.following import EMATeacher
 from lightning_structopt.distillation.losses import DistillationLoss, SoftTarget
 from lightning_structopt.distillation.pairs import Place, Weighted, pairs_from
@@ -162,17 +161,7 @@ class DistillationModule(StandIn):
         Raises:
             ValueError: If hyperparameters are not plain data.
         """
-        checkpoint: dict[str, Any] = {
-            "pytorch-lightning_version": version("lightning"),
-            "state_dict": whole_on_cpu(self.state_dict()),
-        }
-        if self.hparams:
-            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
-            if name := getattr(self, "_hparams_name", None):
-                checkpoint[self.CHECKPOINT_HYPER_PARAMS_NAME] = name
-        self.student.on_save_checkpoint(checkpoint)
-        if self.global_rank == 0:
-            write_safely(checkpoint, path)
+        export(self.student, path)
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Any:

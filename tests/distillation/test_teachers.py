@@ -5,14 +5,16 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from students import a_teacher, distilling, fit
 from support import Classifier, adamw, assert_same_state, loader, trainer
 from torch import Tensor, nn
 
-from lightning_structopt.distillation import DistillationModule, EMATeacher, Teachers
+from lightning_structopt.distillation import DistillationModule, EMATeacher, Teachers, born_again
 from lightning_structopt.distillation.losses import SoftTarget
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -136,3 +138,49 @@ def test_copies_of_the_student_share_one_teacher(tmp_path: Path) -> None:
     assert copy.deepcopy(module).teacher is module.teacher
     run = trainer(tmp_path, max_epochs=1)
     run.fit(copy.deepcopy(module), loader())
+
+
+def test_each_generation_learns_from_the_one_before(tmp_path: Path) -> None:
+    def train(module: Any) -> None:
+        fit(tmp_path, module, max_epochs=1)
+
+    found = born_again(lambda: Classifier(adamw), DistillationModule, train, generations=3)
+    first, second, third = (Classifier(adamw) for _ in range(3))
+    train(first)
+    train(DistillationModule(first, second))
+    train(DistillationModule(second, third))
+    for student, expected in zip(found, (first, second, third), strict=True):
+        assert_same_state(student.state_dict(), expected.state_dict())
+    with pytest.raises(ValueError, match="`generations` must be at least 1"):
+        born_again(Classifier, DistillationModule, train, generations=0)
+
+
+def test_from_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["program"])
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # taken back afterwards
+    (tmp_path / "config.yaml").write_text(
+        """
+seed_everything: 0
+trainer: {accelerator: cpu, max_epochs: 1, logger: false, enable_checkpointing: false,
+          enable_progress_bar: false, enable_model_summary: false}
+model:
+  class_path: lightning_structopt.distillation.DistillationModule
+  init_args:
+    teacher: {class_path: support.Classifier, init_args: {hidden: 24}}
+    student: {class_path: support.Classifier, init_args: {hidden: 8}}
+    loss: {class_path: lightning_structopt.distillation.losses.SoftTarget, init_args: {temperature: 2.0}}
+    alpha: 0.9
+    schedule: {class_path: lightning_structopt.Linear}
+"""
+    )
+    cli = LightningCLI(
+        DistillationModule, subclass_mode_model=True, save_config_callback=None,
+        args=["fit", "--config", str(tmp_path / "config.yaml"), "--data", "test_teachers.Digits"],
+    )  # fmt: skip
+    assert cli.trainer.global_step == 4
+    assert cli.model.student.net[0].out_features == 8
+
+
+class Digits(pl.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return loader()
