@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from lightning_structopt._checks import require_in
 from lightning_structopt.distillation.taps import Taps
@@ -89,6 +89,13 @@ class FollowingTeacher(FrozenTeacher):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._steps = state["steps"]
         self.module.load_state_dict(state["weights"])
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Unlike a frozen teacher, it belongs to one student: a copy follows that student's copy.
+        twin = copy.copy(self)
+        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return twin
 
     def _become(self, student: nn.Module) -> None:
         if any(isinstance(parameter, DTensor) for parameter in student.parameters()):

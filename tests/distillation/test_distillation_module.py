@@ -10,10 +10,12 @@ import torch
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.model_summary import ModelSummary
 from students import ByHand, a_teacher, distilling, fit
 from support import Classifier, adamw, assert_same_state, loader, sgd, trainer
 from torch import Tensor, nn
@@ -152,6 +154,26 @@ def test_compiled(what: str, tmp_path: Path) -> None:
         tmp_path, torch.compile(module, backend="eager") if what == "whole" else module, max_epochs=1, **short
     )
     torch.testing.assert_close(student.state_dict(), plain.state_dict())
+
+
+def test_tools_that_look_at_the_module_find_the_student(tmp_path: Path) -> None:
+    class Tuned(Classifier):
+        def __init__(self) -> None:
+            super().__init__(adamw)
+            self.lr = 0.1
+            self.example_input_array = torch.ones(2, 12)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    module = distilling(student=Tuned())
+    finder = LearningRateFinder(min_lr=1e-4, max_lr=1e-2, num_training_steps=30, early_stop_threshold=None)
+    run = fit(tmp_path, module, finder, max_epochs=9)
+    assert module.student.lr == run.optimizers[0].param_groups[0]["lr"] <= 1e-2
+    summary, alone = ModelSummary(module), ModelSummary(Tuned())
+    assert summary.total_parameters == alone.total_parameters
+    assert summary.layer_names == alone.layer_names
+    assert summary.out_sizes == alone.out_sizes
 
 
 def test_a_barebones_trainer_logs_nothing(tmp_path: Path) -> None:

@@ -127,6 +127,16 @@ def test_the_average_starts_from_weights_loaded_after_construction(tmp_path: Pat
     assert 0 < distance < 0.001
 
 
+def test_a_copy_of_the_student_has_an_average_of_its_own(tmp_path: Path) -> None:
+    module = DistillationModule(EMATeacher(0.75), Classifier(adamw))
+    fit(tmp_path, module, max_epochs=1)
+    twin, before = copy.deepcopy(module), copy.deepcopy(module.teacher.state_dict())
+    fit(tmp_path, twin, max_epochs=1)
+    assert_same_state(module.teacher.state_dict(), before)
+    fit(tmp_path, module, max_epochs=1)
+    assert_same_state(twin.teacher.state_dict(), module.teacher.state_dict())
+
+
 @pytest.mark.parametrize("decay", [1.0, -0.1, math.nan])
 def test_a_wrong_decay(decay: float) -> None:
     with pytest.raises(ValueError, match=r"`decay` must be in \[0, 1\)"):
