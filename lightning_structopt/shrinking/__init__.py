@@ -1,0 +1,1 @@
+"""Physical removal: channels, heads and neurons, gone for real."""

@@ -1,0 +1,140 @@
+"""What of a module is kept, as plain data: names and indices."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_structopt.shrinking.graph_form import smaller_graph
+from lightning_structopt.shrinking.surgery import set_attributes, smaller_copy
+from lightning_structopt.shrinking.tracing import tensors_of
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShrinkPlan:
+    """How to make a smaller module of a fresh one of the same class.
+
+    It holds names and numbers only, so it is saved as JSON, and loading one runs no code.
+
+    Args:
+        module_class: The class it was made for, ``"package.module.Class"``.
+        kept: For each parameter and buffer that gets smaller, the indices that are kept along each dimension.
+        shapes: The shapes of these before.
+        attributes: For each submodule, the attributes that have another value afterwards.
+        form: ``"module"`` where the smaller module is of the same class; ``"graph"`` where sizes are written
+            into code, so that only the exported graph can be made smaller.
+
+    Example:
+        >>> plan = ShrinkPlan(
+        ...     "torch.nn.modules.linear.Linear", {"weight": {1: [0, 2]}}, {"weight": [2, 3]}, {"": {"in_features": 2}}
+        ... )
+        >>> plan.apply(nn.Linear(3, 2))
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+
+    module_class: str
+    kept: Mapping[str, Mapping[int, list[int]]]
+    shapes: Mapping[str, list[int]]
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    form: Literal["module", "graph"] = "module"
+
+    def apply(self, module: nn.Module, example_input: Any = None) -> nn.Module:
+        """Return the smaller module; ``module`` stays as it is.
+
+        Args:
+            module: A module of the class and the sizes that the plan was made for, with any weights.
+            example_input: What its ``forward`` takes, a tuple for several; needed for ``form="graph"``.
+
+        Raises:
+            ValueError: If the plan is for another class, for other shapes, or needs an example input.
+        """
+        self._require_fits(module)
+        if self.form == "graph":
+            if example_input is None:
+                raise ValueError(
+                    'A plan with `form="graph"` shrinks the exported graph, which needs an example input. Found '
+                    "none. Give `apply` an `example_input`."
+                )
+            return smaller_graph(module, as_tuple(example_input), self.kept)
+        small = smaller_copy(module, self.kept)
+        set_attributes(small, self.attributes)
+        return small
+
+    def _require_fits(self, module: nn.Module) -> None:
+        if class_name(module) != self.module_class:
+            raise ValueError(
+                f"A plan fits the class that it was made for, `{self.module_class}`. Found "
+                f"`{class_name(module)}`. Give a fresh module of that class."
+            )
+        tensors = tensors_of(module)
+        for name, shape in self.shapes.items():
+            found = list(tensors[name].shape) if name in tensors else "none"
+            if found != list(shape):
+                raise ValueError(
+                    f"A plan fits modules of the sizes that it was made for: `{name}` of shape {list(shape)}. Found "
+                    f"{found}. Make the module with the arguments that it had, and don't shrink it twice."
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a JSON file."""
+        Path(path).write_text(json.dumps({"version": VERSION, **asdict(self)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ShrinkPlan":
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            ValueError: If the file is not a plan, or one of another version.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"A plan is a JSON file. Found {str(path)!r}: {error}. Save one by `plan.save`."
+            ) from error
+        return cls.from_data(data)
+
+    @classmethod
+    def from_data(cls, data: Any) -> "ShrinkPlan":
+        """Return the plan of what :func:`json.loads` returned.
+
+        Raises:
+            ValueError: If that is not a plan, or one of another version.
+        """
+        version = data.get("version") if isinstance(data, dict) else None
+        if version != VERSION:
+            raise ValueError(
+                f"This release reads plans of version {VERSION}. Found version {version!r}. Make the plan anew, or "
+                "install the release that wrote it."
+            )
+        try:
+            return cls(
+                module_class=str(data["module_class"]),
+                kept={
+                    name: {int(dim): [int(each) for each in indices] for dim, indices in dims.items()}
+                    for name, dims in data["kept"].items()
+                },
+                shapes={name: [int(size) for size in shape] for name, shape in data["shapes"].items()},
+                attributes={path: dict(values) for path, values in data["attributes"].items()},
+                form="graph" if data["form"] == "graph" else "module",
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"A plan has `module_class`, `kept`, `shapes`, `attributes` and `form`. Found {error!r}. Save one "
+                "by `plan.save`."
+            ) from error
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the full name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def as_tuple(example_input: Any) -> tuple[Any, ...]:
+    """Return an example input as the arguments of ``forward``."""
+    return tuple(example_input) if isinstance(example_input, (tuple, list)) else (example_input,)

@@ -1,0 +1,198 @@
+"""Which labels go together in which operator: one small rule each."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, fx
+
+from lightning_structopt.shrinking import movement
+from lightning_structopt.shrinking.contraction import (
+    attention,
+    both_zero,
+    collapse_all,
+    einsum,
+    either_zero,
+    linear,
+    matmul,
+    unknown,
+)
+from lightning_structopt.shrinking.convolutions import convolution
+from lightning_structopt.shrinking.labels import Labelled, merge
+from lightning_structopt.shrinking.norms import batch_norm, group_norm, instance_norm, layer_norm, weight_norm
+from lightning_structopt.shrinking.operators import Call, Value
+from lightning_structopt.shrinking.recurrence import recurrent
+
+Rule = Callable[[Call], Value]
+
+
+def elementwise(call: Call) -> Value:
+    """Combine tensors element by element, with broadcasting."""
+    return merge(call.space, call.tensors(), call.shape, _zero_rule(call.node), call.why)
+
+
+def _zero_rule(node: fx.Node) -> Callable[[list[Tensor | None]], Tensor | None]:
+    """Return how zeros of the arguments make zeros of the result."""
+    name = str(node.target).split(".")[1].rstrip("_")
+    tensors = [each for each in node.all_input_nodes if isinstance(each.meta.get("val"), Tensor)]
+    if len(tensors) == 1:
+        return both_zero if _keeps_zero(node) else _nowhere
+    if name == "mul":
+        return either_zero
+    if name in {"add", "sub", "maximum", "minimum"}:
+        return both_zero
+    if name == "div":
+        return lambda zeros: zeros[0]
+    return _nowhere
+
+
+def _nowhere(zeros: list[Tensor | None]) -> Tensor | None:
+    return None
+
+
+def _keeps_zero(node: fx.Node) -> bool:
+    """Tell whether an operator of one tensor gives zero for zero, by trying."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: torch.zeros(1))
+    try:
+        return bool((node.target(*args, **kwargs) == 0).all())  # type: ignore[operator]
+    except (RuntimeError, TypeError):
+        return False
+
+
+def per_channel_slope(call: Call) -> Value:
+    """``prelu``: a slope for each channel, or one for all."""
+    source, weight = call.tensor("self"), call.tensor("weight")
+    shape = [1] * source.ndim
+    if weight.shape and weight.shape[0] > 1:
+        shape[1] = weight.shape[0]
+    slope = Labelled(tuple(shape), tuple(layer.reshaped(*shape) for layer in weight.layers))
+    return merge(call.space, [source, slope], call.shape, lambda zeros: zeros[0], call.why)
+
+
+def pooling(call: Call) -> Value:
+    """Combine places of an image: those stay whole."""
+    source = call.tensors()[0]
+    places = _places(call.name)
+    source = collapse_all(call, source, range(source.ndim - places, source.ndim))
+    if "max" not in call.name and "avg" not in call.name:
+        source = unknown(source)
+    results = [Labelled(shape, source.layers) for shape in call.shapes]
+    return tuple(results) if isinstance(call.node.meta["val"], (tuple, list)) else results[0]
+
+
+def _places(name: str) -> int:
+    return next((count for count in (1, 2, 3) if f"{count}d" in name), 2)
+
+
+def reduction(call: Call) -> Value:
+    """Combine the elements along some dimensions; where they differ there alone, the result needs them all."""
+    if "other" in call.arguments:  # the larger of two tensors
+        return elementwise(call)
+    source = call.tensor("self")
+    dims = call.dims()
+    whole = collapse_all(call, unknown(source), dims, normalized=call.name in _AVERAGES)
+    if not call.arguments.get("keepdim"):
+        rest = [dim for dim in range(source.ndim) if dim not in dims]
+        layers = tuple(layer.moved(rest) for layer in whole.layers)
+    else:
+        layers = whole.layers
+    results = [Labelled(shape, layers) for shape in call.shapes]
+    return tuple(results) if isinstance(call.node.meta["val"], (tuple, list)) else results[0]
+
+
+_AVERAGES = {"mean", "var", "std", "linalg_vector_norm", "norm"}
+
+
+def whole_along(call: Call) -> Value:
+    """``softmax``, ``cumsum`` and others that mix the elements along a dimension."""
+    return Labelled(call.shape, collapse_all(call, unknown(call.tensor("self")), call.dims()).layers)
+
+
+def embedding(call: Call) -> Value:
+    """Look up rows: features go, entries stay."""
+    weight = collapse_all(call, call.tensor("weight"), [0])
+    for layer in call.tensor("indices").layers:
+        call.space.fix(layer.labels, call.why)
+    added = len(call.shape) - 2
+    return Labelled(call.shape, tuple(layer.moved([None] * (added + 1) + [1]) for layer in weight.layers))
+
+
+def gated(call: Call) -> Value:
+    """``glu``: one half times the sigmoid of the other."""
+    source, dim = call.tensor("self"), call.dim()
+    half = call.shape[dim]
+    layers = []
+    for layer in source.layers:
+        if layer.labels.shape[dim] > 1:
+            first, second = layer.labels.narrow(dim, 0, half), layer.labels.narrow(dim, half, half)
+            call.space.tie(first, second)
+            layers.append(type(layer)(first, layer.zero.narrow(dim, 0, half)))
+        else:
+            layers.append(layer)
+    return Labelled(call.shape, tuple(layers))
+
+
+def no_labels(call: Call) -> Value:
+    """Make data of a shape, whatever the elements are."""
+    return call.without_labels()
+
+
+# Element by element, though torch does not tag them so.
+_UNTAGGED = (
+    *("celu", "elu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid"),
+    *("mish", "relu6", "rrelu", "selu", "silu", "softplus", "softshrink", "square", "threshold"),
+    *("zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "masked_fill", "where"),
+)
+
+RULES: Mapping[str, Rule] = {
+    **dict.fromkeys(movement.MOVES, movement.move),
+    **dict.fromkeys(movement.SAME, movement.same),
+    **dict.fromkeys(("chunk", "split", "split_with_sizes", "unsafe_chunk", "unsafe_split"), movement.split),
+    **dict.fromkeys(("select", "unbind"), movement.take),
+    **dict.fromkeys(("cat", "concat", "stack"), movement.concatenate),
+    **dict.fromkeys(("pad", "constant_pad_nd"), movement.pad),
+    "slice": movement.cut,
+    "repeat_interleave": movement.repeat_interleave,
+    "index": movement.index,
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), convolution),
+    "linear": linear,
+    **dict.fromkeys(("matmul", "mm", "bmm"), matmul),
+    "einsum": einsum,
+    "scaled_dot_product_attention": attention,
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
+    "batch_norm": batch_norm,
+    "instance_norm": instance_norm,
+    **dict.fromkeys(("layer_norm", "rms_norm"), layer_norm),
+    "group_norm": group_norm,
+    "_weight_norm": weight_norm,
+    "embedding": embedding,
+    "glu": gated,
+    **dict.fromkeys(
+        [
+            f"{kind}_pool{places}d"
+            for kind in ("avg", "max", "adaptive_avg", "adaptive_max")
+            for places in (1, 2, 3)
+        ],
+        pooling,
+    ),
+    **dict.fromkeys([f"max_pool{places}d_with_indices" for places in (1, 2, 3)], pooling),
+    **dict.fromkeys(("upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d"), pooling),
+    **dict.fromkeys(("upsample_bicubic2d", "upsample_linear1d", "_upsample_nearest_exact2d"), pooling),
+    **dict.fromkeys(("reflection_pad1d", "reflection_pad2d", "replication_pad2d"), pooling),
+    **dict.fromkeys((*_AVERAGES, "sum", "amax", "amin", "prod", "any", "all", "logsumexp"), reduction),
+    **dict.fromkeys(("max", "min", "argmax", "argmin", "var_mean"), reduction),
+    **dict.fromkeys(("softmax", "_softmax", "log_softmax", "cumsum"), whole_along),
+    **dict.fromkeys(_UNTAGGED, elementwise),
+    "prelu": per_channel_slope,
+    **dict.fromkeys(
+        ("new_zeros", "new_ones", "new_full", "new_empty", "sym_size", "_assert_tensor_metadata"), no_labels
+    ),  # fmt: skip
+}
+
+
+def rule_for(node: fx.Node, name: str) -> Rule | None:
+    """Return the rule of an operator; None if nobody taught it."""
+    if name in RULES:
+        return RULES[name]
+    tags = getattr(node.target, "tags", ())
+    return elementwise if torch.Tag.pointwise in tags else None

@@ -1,0 +1,266 @@
+"""Small networks with everything that makes channels depend on each other, and the inputs they take."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+
+def image(size: int = 32, channels: int = 3) -> Tensor:
+    return torch.randn(2, channels, size, size)
+
+
+class Branches(nn.Module):
+    """Concatenation, a sum across it, and a slice of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 4, 1)
+        self.both, self.last = nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(6, 2, 1)
+        self.take = 6
+
+    def forward(self, x: Tensor) -> Tensor:
+        together = torch.cat([self.one(x).relu(), self.other(x).sigmoid()], 1)
+        together = together + self.both(together)
+        return self.last(together[:, : self.take])
+
+
+class Split(nn.Module):
+    """Unequal and equal parts, a gate, and sizes kept as attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [4, 8]
+        self.stem, self.head = nn.Linear(6, 12), nn.Linear(8, 4)
+        self.up = nn.Linear(4, 8)
+        self.gate = nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        small, large = self.stem(x).split(self.sizes, -1)
+        value, gate = self.gate(self.up(small).relu() * large).chunk(2, -1)
+        return self.head(value * gate.sigmoid())
+
+
+class Heads(nn.Module):
+    """Attention over heads as attributes tell it."""
+
+    def __init__(self, dim: int = 12, heads: int = 4, head_dim: int = 3) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.qkv, self.out = nn.Linear(dim, 3 * heads * head_dim), nn.Linear(heads * head_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        weights = (query @ key.transpose(-2, -1) * self.head_dim**-0.5).softmax(-1)
+        return x + self.out((weights @ value).transpose(1, 2).reshape(batch, length, -1))
+
+
+class GroupedQueries(nn.Module):
+    """More query heads than key heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.size = 4, 2, 3
+        self.q, self.kv, self.out = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        query = self.q(x).view(batch, length, self.heads, self.size).transpose(1, 2)
+        key, value = self.kv(x).view(batch, length, 2, self.kv_heads, self.size).permute(2, 0, 3, 1, 4)
+        result = nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        return self.out(result.transpose(1, 2).flatten(2))
+
+
+class Shuffle(nn.Module):
+    """Grouped convolutions with their channels shuffled in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 3, groups=2)
+        self.last = nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x).relu()
+        batch, channels, *places = x.shape
+        x = x.view(batch, 2, channels // 2, *places).transpose(1, 2).reshape(batch, channels, *places)
+        return self.last(self.other(x).relu())
+
+
+class Recurrent(nn.Module):
+    """Two layers in two directions between linear ones."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 6)
+        self.cells = kind(6, 8, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(self.stem(x).tanh())[0][:, -1])
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding, so that the features are under no norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden = nn.Embedding(11, 8), nn.Linear(8, 16)
+        self.back, self.head = nn.Linear(16, 8), nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return self.head(x + self.back(self.hidden(x).relu()))
+
+
+class TwoByTwo(nn.Module):
+    """Two inputs, two outputs as a dictionary, a parameter that is not used, an output of one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, 8), nn.Linear(5, 8)
+        self.mean, self.extra = nn.Linear(8, 1), nn.Linear(8, 3)
+        self.spare = nn.Parameter(torch.ones(7))
+
+    def forward(self, one: Tensor, other: Tensor) -> dict[str, Any]:
+        both = self.left(one).tanh() * self.right(other)
+        return {"mean": self.mean(both), "parts": (self.extra(both), both.shape[0])}
+
+
+class Auxiliary(nn.Module):
+    """A head that runs in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.aux = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x).relu()
+        return (self.head(x), self.aux(x)) if self.training else self.head(x)
+
+
+class HardCoded(nn.Module):
+    """Sizes as plain numbers in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(6, 24), nn.Linear(8, 4)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).view(x.shape[0], -1, 3, 4, 2).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.out(self.drop(attended.transpose(1, 2).reshape(x.shape[0], -1, 8)))
+
+
+def normalized_mlp(norm: Callable[[int], nn.Module]) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(5, 8), norm(8), nn.GELU(), nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 2)
+    )
+
+
+def efficient_net() -> nn.Module:
+    settings = [MBConvConfig(1, 3, 1, 8, 8, 1, 1, 1), MBConvConfig(4, 3, 2, 8, 16, 2, 1, 1)]
+    return EfficientNet(settings, dropout=0.2, num_classes=5, last_channel=32)
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
+    "resnet": (lambda: models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5), image),
+    "resnext": (lambda: models.ResNet(Bottleneck, [1, 1, 1, 1], 5, groups=4, width_per_group=8), image),
+    "mobilenet_v2": (
+        lambda: models.MobileNetV2(5, 0.25, [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2]]),
+        image,
+    ),
+    "densenet": (lambda: models.DenseNet(8, (2, 2, 2), 16, num_classes=5), image),
+    "shufflenet": (lambda: models.ShuffleNetV2([1, 2, 1], [16, 32, 48, 64, 96], num_classes=5), image),
+    "efficientnet": (efficient_net, image),
+    "squeezenet": (lambda: models.SqueezeNet("1_1", num_classes=5), lambda: image(48)),
+    "timm_vit": (
+        lambda: timm.models.VisionTransformer(32, 8, embed_dim=24, depth=2, num_heads=3, num_classes=5),
+        image,
+    ),
+    "timm_swin": (
+        lambda: timm.models.SwinTransformer(
+            32, 2, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, num_classes=5
+        ),
+        image,
+    ),
+    "branches": (Branches, image),
+    "split": (Split, lambda: torch.randn(3, 6)),
+    "heads": (Heads, lambda: torch.randn(2, 5, 12)),
+    "heads_of_equal_numbers": (partial(Heads, heads=3), lambda: torch.randn(2, 5, 12)),
+    "grouped_queries": (GroupedQueries, lambda: torch.randn(2, 5, 8)),
+    "shuffle": (Shuffle, lambda: image(8)),
+    "lstm": (lambda: Recurrent(nn.LSTM), lambda: torch.randn(2, 5, 4)),
+    "gru": (lambda: Recurrent(nn.GRU), lambda: torch.randn(2, 5, 4)),
+    "tied": (Tied, lambda: torch.randint(11, (2, 5))),
+    "two_by_two": (TwoByTwo, lambda: (torch.randn(3, 4), torch.randn(3, 5))),
+    "auxiliary": (Auxiliary, lambda: torch.randn(3, 4)),
+    "layer_norm": (lambda: normalized_mlp(nn.LayerNorm), lambda: torch.randn(3, 5)),
+    "rms_norm": (lambda: normalized_mlp(nn.RMSNorm), lambda: torch.randn(3, 5)),
+    "group_norm": (lambda: normalized_mlp(partial(nn.GroupNorm, 4)), lambda: torch.randn(3, 5)),
+    "batch_norm": (lambda: normalized_mlp(nn.BatchNorm1d), lambda: torch.randn(3, 5)),
+    "prelu": (lambda: normalized_mlp(nn.PReLU), lambda: torch.randn(3, 5)),
+    "weight_norm": (
+        lambda: nn.Sequential(
+            nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)),
+            nn.ReLU(),
+            nn.utils.parametrizations.weight_norm(nn.Linear(8, 3)),
+        ),
+        lambda: torch.randn(3, 4),
+    ),
+    "transposed": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.ReLU(),
+            nn.ConvTranspose2d(8, 12, 2, 2, groups=4),
+            nn.ReLU(),
+            nn.ConvTranspose2d(12, 6, 1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(6, 6, 3, groups=6),
+            nn.Conv2d(6, 2, 1),
+        ),
+        lambda: image(8),
+    ),
+    "pixel_shuffle": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(3, 16, 3), nn.PixelShuffle(2), nn.ReLU()),
+            *(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1), nn.PixelShuffle(2)),
+        ),
+        lambda: image(8),
+    ),
+    "flattened": (
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 4)),
+        lambda: image(8),
+    ),
+    "padded": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ZeroPad2d(1), nn.Conv2d(6, 4, 3, padding_mode="reflect", padding=1)
+        ),
+        lambda: image(8),
+    ),
+}
+
+
+def make(name: str) -> tuple[nn.Module, Any]:
+    """Return a network with random weights, zeros among them replaced, and its input."""
+    torch.manual_seed(0)
+    network, example = NETS[name]
+    module = network().eval()
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+                part.running_mean.normal_(0, 0.1)
+                part.running_var.uniform_(0.5, 2)
+        for parameter in module.parameters():
+            if parameter.numel() and not parameter.any():
+                parameter.normal_(0, 0.1)
+    return module, example()
