@@ -89,6 +89,7 @@ def test_the_teacher_is_in_eval_mode_whoever_changes_it(tmp_path: Path) -> None:
     module, disturbed = distilling(), distilling()
     fit(tmp_path, module)
     fit(tmp_path, disturbed, Stray())
+    assert_same_state(disturbed.teacher.state_dict(), a_teacher().state_dict())  # its running statistics too
     assert_same_state(disturbed.state_dict(), module.state_dict())
 
 

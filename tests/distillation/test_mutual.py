@@ -29,6 +29,7 @@ class Scheduled(Classifier):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.interval}}
 
     def on_train_epoch_start(self) -> None:
+        assert self.trainer.current_epoch == self.current_epoch
         self.starts += 1
 
 
