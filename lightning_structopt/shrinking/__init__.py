@@ -1,1 +1,20 @@
 """Physical removal: channels, heads and neurons, gone for real."""
+
+from lightning_structopt.shrinking.channels import channel_report, prune_channels
+from lightning_structopt.shrinking.plan import ShrinkPlan
+from lightning_structopt.shrinking.report import ShrinkReport
+from lightning_structopt.shrinking.shrink import shrink, shrink_report
+from lightning_structopt.shrinking.targets import ChannelRatio, FLOPs, Parameters, Target
+
+__all__ = [
+    "ChannelRatio",
+    "FLOPs",
+    "Parameters",
+    "ShrinkPlan",
+    "ShrinkReport",
+    "Target",
+    "channel_report",
+    "prune_channels",
+    "shrink",
+    "shrink_report",
+]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_structopt.shrinking.attributes import Edits, candidate_edits, choose_edits
+from lightning_structopt.shrinking.costs import flop_count
 from lightning_structopt.shrinking.graph_form import smaller_graph
 from lightning_structopt.shrinking.groups import Groups
 from lightning_structopt.shrinking.literals import changed_literals
@@ -148,11 +149,13 @@ def _report(
     structure: Structure, small: nn.Module, plan: ShrinkPlan, keep: Tensor, gap: float
 ) -> ShrinkReport:
     count = tuple(sum(each.numel() for each in m.parameters()) for m in (structure.module, small))
+    flops = flop_count(structure.traced)
     left = {group.name: (group.size, int(keep[group.classes].sum())) for group in structure.found.groups}
     return ShrinkReport(
         module=small,
         plan=plan,
         parameters=(count[0], count[1]),
+        flops=(flops(torch.ones_like(keep)), flops(keep[structure.found.classes])),
         removed={name: (size, now) for name, (size, now) in left.items() if now < size},
         kept=_reasons(structure.traced, structure.found),
         unknown=structure.traced.unknown,

@@ -18,6 +18,7 @@ class ShrinkReport:
         module: The smaller module.
         plan: How to make it of a fresh one.
         parameters: Their number before and after.
+        flops: Floating-point operations for the example input, before and after.
         removed: For each group that got smaller, how many members it had and has.
         kept: Why something can't go, and how many indices of which parameters that is about.
         unknown: Operators without a rule, each with a module that runs it.
@@ -28,6 +29,7 @@ class ShrinkReport:
     module: nn.Module
     plan: ShrinkPlan
     parameters: tuple[int, int]
+    flops: tuple[int, int]
     removed: Mapping[str, tuple[int, int]]
     kept: Mapping[str, Mapping[str, int]]
     unknown: Mapping[str, str]
@@ -41,7 +43,11 @@ class ShrinkReport:
     def explain(self) -> str:
         """Say what was removed, what could not be, and why."""
         before, after = self.parameters
-        lines = [f"{before:,} parameters, now {after:,} ({after / max(1, before):.1%})."]
+        dense, small = self.flops
+        lines = [
+            f"{before:,} parameters, now {after:,} ({after / max(1, before):.1%}).",
+            f"{dense:,} FLOPs, now {small:,} ({small / max(1, dense):.1%}).",
+        ]
         if self.form == "graph":
             lines.append(
                 "Sizes are written into code, so that this is the exported graph, not the same class."

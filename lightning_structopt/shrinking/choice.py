@@ -1,0 +1,132 @@
+"""Which members of the groups go, so that a target is met."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_structopt.pruning.criteria import Criterion, Evidence
+from lightning_structopt.shrinking.groups import ChannelGroup
+
+Scope: TypeAlias = Literal["layer", "global"]
+
+
+@torch.no_grad()
+def importance(module: nn.Module, groups: Sequence[ChannelGroup], criterion: Criterion) -> list[Tensor]:
+    r"""Return the importance of each member of each group: the scores of all its weights, added up.
+
+    :math:`I_m = \sum_{(W, d)} \sum_{i \in m} \sum_j s(W)_{..i..j..}`, over the weights :math:`W` of two or more
+    dimensions of which the member has indices along dimension :math:`d`.
+
+    Args:
+        module: The module.
+        groups: Its groups.
+        criterion: How important a weight is.
+    """
+    named = dict(module.named_parameters())
+    chosen = {name for group in groups for name, _ in group.slots if name in named and named[name].ndim > 1}
+    parameters = {name: named[name] for name in named if name in chosen}
+    if not parameters:
+        return [torch.zeros(group.size) for group in groups]
+    criterion.require(module, parameters)
+    weights = {name: parameter.detach() for name, parameter in parameters.items()}
+    scores = criterion.score(weights, Evidence(module))
+    sums: dict[tuple[str, int], Tensor] = {}
+    for name in parameters:
+        dense = scores.dense(name)
+        for dim in {dim for group in groups for slot, dim in group.slots if slot == name}:
+            sums[name, dim] = dense.transpose(0, dim).flatten(1).sum(1).cpu()
+    return [_member_sums(group, sums) for group in groups]
+
+
+def _member_sums(group: ChannelGroup, sums: dict[tuple[str, int], Tensor]) -> Tensor:
+    total = torch.zeros(group.size)
+    for slot, indices in group.slots.items():
+        if slot in sums:
+            total = total + sums[slot][indices].sum(1)
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The order in which members go.
+
+    Args:
+        groups: The groups.
+        ranks: For each group, its members from the least important on.
+        sequence: For each removal, the group that it is of.
+        round_to: What remains of a group is a multiple of it, or all.
+        minimum: How many members of a group remain at least.
+    """
+
+    groups: Sequence[ChannelGroup]
+    ranks: Sequence[Tensor]
+    sequence: Tensor
+    round_to: int
+    minimum: int
+
+    @classmethod
+    def by(
+        cls,
+        groups: Sequence[ChannelGroup],
+        scores: Sequence[Tensor],
+        scope: Scope,
+        round_to: int,
+        minimum: int,
+    ) -> "Order":
+        """Order members by importance.
+
+        Args:
+            groups: The groups.
+            scores: The importance of their members.
+            scope: ``"layer"`` takes the same fraction of each group; ``"global"`` compares members of all groups,
+                each relative to the mean of its group.
+            round_to: As in the class.
+            minimum: As in the class.
+        """
+        ranks = [each.argsort(stable=True) for each in scores]
+        if scope == "layer":
+            keys = [(torch.arange(len(each)) + 0.5) / len(each) for each in ranks]
+        else:
+            keys = [
+                (each / each.mean().clamp(min=1e-12))[rank] for each, rank in zip(scores, ranks, strict=True)
+            ]
+        owners = [torch.full((len(each),), number) for number, each in enumerate(ranks)]
+        order = torch.cat(keys).argsort(stable=True)
+        return cls(groups, ranks, torch.cat(owners)[order], round_to, minimum)
+
+    def dropped(self, steps: int) -> Tensor:
+        """Return the classes that are gone after some removals."""
+        counts = torch.bincount(self.sequence[:steps], minlength=len(self.groups)).tolist()
+        gone = [
+            group.classes[rank[: group.size - self._left(group.size, group.size - count)]]
+            for group, rank, count in zip(self.groups, self.ranks, counts, strict=True)
+        ]
+        return torch.cat([*gone, torch.empty(0, dtype=torch.int64)])
+
+    def _left(self, size: int, wanted: int) -> int:
+        """Round how many are left of a group of ``size``."""
+        wanted = max(wanted, self.minimum, 1)
+        rounded = max(self.round_to, (wanted + self.round_to // 2) // self.round_to * self.round_to)
+        while rounded < self.minimum:
+            rounded += self.round_to
+        return min(rounded, size)
+
+    def search(self, cost: Callable[[Tensor], float], goal: float) -> Tensor:
+        """Return the removals whose cost is nearest to ``goal``.
+
+        Args:
+            cost: The cost after removing some classes; it never grows with their number.
+            goal: What it shall be.
+        """
+        low, high = 0, len(self.sequence)
+        while low < high:  # the fewest steps that are enough
+            middle = (low + high) // 2
+            if cost(self.dropped(middle)) <= goal:
+                high = middle
+            else:
+                low = middle + 1
+        candidates = [self.dropped(steps) for steps in (low, max(0, low - 1))]
+        return min(candidates, key=lambda each: abs(cost(each) - goal))
