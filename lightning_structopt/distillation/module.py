@@ -31,7 +31,7 @@ from lightning_structopt.distillation.teacher import Precision
 from lightning_structopt.schedules import Schedule
 
 Outputs: TypeAlias = Tensor | dict[str, Tensor]
-_KEY = "distillation"  # in checkpoints, beside the student's
+_KEY = "lightning_structopt.distillation"  # in checkpoints, beside what is the student's
 
 
 class DistillationModule(StandIn):

@@ -156,3 +156,21 @@ def test_the_module_itself_loads_with_teacher_and_student(
         tmp_path / "saved" / "last.ckpt", teacher=a_teacher(), student=Configured(8), loss=losses()
     )
     assert_same_state(found.state_dict(), trained.state_dict())
+
+
+def test_resume_with_pruning_decay_and_a_penalty(tmp_path: Path) -> None:
+    def run(*callbacks: Any, ckpt: Any = None) -> Any:
+        ours = [
+            so.IterativePruning(0.75, interval="step", begin=0.0, end=0.8, verbose=False),
+            so.SparsityPenalty(so.L1(1e-4)),
+            so.LRDecay(so.Cosine(minimum=0.1)),
+        ]
+        module = distilling(losses())
+        return fit(tmp_path, module, *ours, *callbacks, ckpt=ckpt, accumulate_grad_batches=2), ours[0].masks
+
+    straight, masks = run(ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}"))
+    for epoch in range(3):
+        resumed, again = run(ckpt=tmp_path / f"epoch={epoch}.ckpt")
+        assert_same_state(resumed.lightning_module.state_dict(), straight.lightning_module.state_dict())
+        assert_same_state(resumed.optimizers[0].state_dict(), straight.optimizers[0].state_dict())
+        assert_same_state(again, masks)
