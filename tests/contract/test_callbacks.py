@@ -226,6 +226,9 @@ CONFIGURATIONS = {
             schedule: {class_path: lightning_structopt.Linear}
             exclude: net.3.*
     """,
+    "CostMonitor": """
+        - class_path: lightning_structopt.CostMonitor
+    """,
     "LRDecay": """
         - class_path: lightning_structopt.LRDecay
           init_args:

@@ -146,6 +146,11 @@ class MutualDistillation(pl.LightningModule):
         """Return each member's output by its name."""
         return {name: member(*args, **kwargs) for name, member in self._named().items()}
 
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return each member's prediction by its name."""
+        return {name: member.predict_step(*args, **kwargs) for name, member in self._named().items()}
+
     def _named(self) -> dict[str, Any]:
         return dict(self.members.items())
 
