@@ -47,7 +47,8 @@ class DistillationModule(StandIn):
     gets them with ``_step`` after the name.
 
     A subclass may override :meth:`distillation_loss`. A hook that it overrides takes the place of the student's; call
-    that as ``self.student.on_train_epoch_end()``.
+    that as ``self.student.on_train_epoch_end()``. An attribute that the student has is the student's, so call those of
+    the subclass otherwise.
 
     Args:
         teacher: A model, trained already. It is not changed, but moved to the student's device and put in ``eval``

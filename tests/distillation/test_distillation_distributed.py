@@ -3,17 +3,25 @@
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from students import ByHand, a_teacher, distilling
-from support import Classifier, adamw, assert_same_state, loader, run_ranks, trainer
+from support import Classifier, adamw, assert_same_state, dataset, loader, run_ranks, trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 
-from lightning_structopt.distillation import DistillationModule, EMATeacher
+from lightning_structopt.distillation import (
+    DistillationModule,
+    EMATeacher,
+    MutualDistillation,
+    TeacherCache,
+    WithIds,
+)
 from lightning_structopt.distillation.export import whole_on_cpu
 from lightning_structopt.distillation.feature_losses import Hint
 from lightning_structopt.distillation.losses import SoftTarget
@@ -41,10 +49,10 @@ def hinting() -> dict[Any, Any]:
 
 
 def ddp(rank: int, root: Path) -> None:
-    def fit(name: str, module: Any, ckpt: Any = None, **kwargs: Any) -> Any:
+    def fit(name: str, module: Any, ckpt: Any = None, data: Any = None, **kwargs: Any) -> Any:
         saved = ModelCheckpoint(root / name, save_top_k=-1, filename="{epoch}")
         run = trainer(root, saved, strategy="ddp", devices=2, **kwargs)
-        run.fit(module, loader(), loader(), ckpt_path=ckpt)
+        run.fit(module, loader() if data is None else data, loader(), ckpt_path=ckpt)
         state = {"student": module.state_dict(), "logged": dict(run.callback_metrics)}
         if isinstance(module, DistillationModule):
             state["more"] = module._kd.state_dict()
@@ -58,6 +66,15 @@ def ddp(rank: int, root: Path) -> None:
     fit("features alone", distilling({("net.0", "net.0"): RandomHint()}, Headless(adamw), alpha=1.0))
     fit("accumulated", distilling(hinting()), accumulate_grad_batches=2)
     fit("average", DistillationModule(EMATeacher(0.9), Classifier(adamw)))
+    fit("mutual", MutualDistillation([Classifier(adamw), Classifier(adamw, hidden=8)]))
+    pl.seed_everything(0, verbose=False)
+    fit("live", distilling(), data=DataLoader(dataset(), 8, shuffle=True))
+    pl.seed_everything(0, verbose=False)
+    cached = distilling(cache=TeacherCache(root / "cache", "float32"))
+    asked: list[int] = []
+    cached.teacher.register_forward_hook(lambda module, args, output: asked.append(len(output)))
+    fit("cached", cached, data=DataLoader(WithIds(dataset()), 8, shuffle=True))
+    (root / f"asked-{rank}.txt").write_text(str(len(asked)))
 
 
 def load(root: Path, name: str, rank: int = 0) -> dict[str, Any]:
@@ -81,6 +98,21 @@ def test_ranks_agree(ddp_root: Path, name: str) -> None:
 
 def test_weights_are_those_of_distillation_by_hand(ddp_root: Path) -> None:
     assert_same_state(load(ddp_root, "soft targets")["student"], load(ddp_root, "by hand")["student"])
+
+
+def test_members_agree(ddp_root: Path) -> None:
+    zero, one = load(ddp_root, "mutual", 0)["student"], load(ddp_root, "mutual", 1)["student"]
+    assert_same_state(weights(zero), weights(one))
+
+
+def test_ranks_share_a_cache(ddp_root: Path) -> None:
+    """Each epoch shuffles samples between ranks, so each reads what the other has written."""
+    for rank in (0, 1):
+        cached, live = load(ddp_root, "cached", rank), load(ddp_root, "live", rank)
+        torch.testing.assert_close(cached["student"], live["student"], rtol=1e-4, atol=1e-5)
+        assert (ddp_root / f"asked-{rank}.txt").read_text() == str(
+            2 + 3
+        )  # the first epoch, and a look in each other
 
 
 def test_adapters_resume(ddp_root: Path) -> None:

@@ -359,6 +359,18 @@ def test_a_teacher_of_its_own_precision(tmp_path: Path) -> None:
     assert set(seen) == {torch.float32}
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("optimizer", [adamw, sgd, torch.optim.LBFGS], ids=["adamw", "sgd", "lbfgs"])
+def test_adapters_at_any_precision_by_any_optimizer(precision: Any, optimizer: Any, tmp_path: Path) -> None:
+    module = distilling(hinting(), Classifier(optimizer))
+    run = fit(tmp_path, module, max_epochs=1, precision=precision)
+    adapter = module._kd.comparison.pairs[1].loss.adapter
+    fresh = Hint()
+    fresh.adapt(torch.zeros(1, 16), torch.zeros(1, 24))
+    assert not torch.equal(adapter.weight, fresh.adapter.weight)
+    assert run.callback_metrics["kd/Hint"].isfinite()
+
+
 def test_with_decay_penalty_and_pruning(tmp_path: Path) -> None:
     module = distilling()
     fit(
