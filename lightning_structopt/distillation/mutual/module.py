@@ -128,7 +128,7 @@ class MutualDistillation(pl.LightningModule):
 
     @override
     def on_train_epoch_end(self) -> None:
-        for config, monitor in zip(self.trainer.lr_scheduler_configs, self._monitors, strict=True):
+        for config, monitor in self._schedulers():
             if config.interval == "epoch" and (self.current_epoch + 1) % config.frequency == 0:
                 scheduler: Any = config.scheduler
                 scheduler.step(*() if monitor is None else (self.trainer.callback_metrics[monitor],))
@@ -175,6 +175,12 @@ class MutualDistillation(pl.LightningModule):
             values = dict(zip(names, taught, strict=True))
             self.log_dict(values, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(outputs[0]))
 
+    def _schedulers(self) -> list[tuple[Any, str | None]]:
+        """Return the members' own schedulers with what they watch; others, such as `LRDecay`'s, step themselves."""
+        return list(
+            zip(self.trainer.lr_scheduler_configs[: len(self._monitors)], self._monitors, strict=True)
+        )
+
     def _update(self, total: Any) -> None:
         optimizers: Any = self.optimizers()
         for optimizer in optimizers:
@@ -182,7 +188,7 @@ class MutualDistillation(pl.LightningModule):
         self.manual_backward(total)
         for optimizer in optimizers:
             optimizer.step()
-        for config in self.trainer.lr_scheduler_configs:
+        for config, _ in self._schedulers():
             if (
                 config.interval == "step"
                 and (self.trainer.fit_loop.total_batch_idx + 1) % config.frequency == 0
