@@ -12,6 +12,7 @@ from lightning_structopt.shrinking.choice import Order, Scope, importance
 from lightning_structopt.shrinking.groups import ChannelGroup
 from lightning_structopt.shrinking.removal import remove
 from lightning_structopt.shrinking.report import ShrinkReport
+from lightning_structopt.shrinking.same_class import without_hard_coded
 from lightning_structopt.shrinking.structure import Structure, structure_of
 from lightning_structopt.shrinking.targets import Target
 
@@ -28,6 +29,7 @@ def prune_channels(
     round_to: int = 1,
     minimum: int = 1,
     include_normalized: bool = False,
+    same_class: bool = False,
     exclude: Sequence[str] = (),
 ) -> nn.Module:
     """Return a smaller module without its least important channels, heads and neurons.
@@ -46,6 +48,8 @@ def prune_channels(
         minimum: Keep at least this many of each group.
         include_normalized: Take also from what a layer, group or RMS norm reduces over (the residual stream of
             a transformer), so that outputs change more than by what is gone.
+        same_class: Leave alone what only the exported graph could do without, sizes being written into code (the
+            heads of ``nn.MultiheadAttention``).
         exclude: Globs on names of parameters that keep their shapes.
 
     Returns:
@@ -70,6 +74,7 @@ def prune_channels(
         round_to=round_to,
         minimum=minimum,
         include_normalized=include_normalized,
+        same_class=same_class,
         exclude=exclude,
     ).module
 
@@ -84,6 +89,7 @@ def channel_report(
     round_to: int = 1,
     minimum: int = 1,
     include_normalized: bool = False,
+    same_class: bool = False,
     exclude: Sequence[str] = (),
 ) -> ShrinkReport:
     """Do what :func:`prune_channels` does, with the same arguments, and return also the plan and the reasons.
@@ -100,10 +106,13 @@ def channel_report(
     require_whole("minimum", minimum, 1)
     structure = structure_of(module, example_input, exclude)
     groups = structure.groups(include_normalized)
+    if same_class:
+        groups = without_hard_coded(structure, groups)
     if not groups:
         raise ValueError(
             "`prune_channels` needs channels that can go. Found none: all reach the output, are excluded, are under "
-            "a norm, or go through operators without a rule. `shrink_report(...).explain()` says which."
+            "a norm, have sizes that are written into code, or go through operators without a rule. "
+            "`shrink_report(...).explain()` says which."
         )
     order = Order.by(groups, importance(module, groups, criterion), scope, round_to, minimum)
     dropped = _chosen(structure, groups, target, order)

@@ -63,7 +63,7 @@ class _Run:
             )
         given = iter(flat)
         inputs = [
-            next(given) if kind == InputKind.USER_INPUT else self._tensor(module, str(target))
+            next(given) if kind == InputKind.USER_INPUT else self._tensor(module, kind, str(target))
             for kind, target in self._inputs
         ]
         outputs = self._code(*inputs)
@@ -75,8 +75,9 @@ class _Run:
                 module.get_buffer(str(target)).copy_(output)
         return tree_unflatten(wanted, self._out_spec)
 
-    def _tensor(self, module: nn.Module, target: str) -> Any:
-        if target in self._constants:
+    def _tensor(self, module: nn.Module, kind: InputKind, target: str) -> Any:
+        # Buffers that are not saved are among the constants too, as large as they were.
+        if kind not in {InputKind.PARAMETER, InputKind.BUFFER}:
             return self._constants[target]
         owner, _, leaf = target.rpartition(".")
         return getattr(module.get_submodule(owner), leaf)

@@ -10,6 +10,7 @@ from lightning_structopt._checks import require_type
 from lightning_structopt.shrinking.plan import ShrinkPlan
 from lightning_structopt.shrinking.removal import remove
 from lightning_structopt.shrinking.report import ShrinkReport
+from lightning_structopt.shrinking.same_class import without_hard_coded
 from lightning_structopt.shrinking.structure import structure_of
 
 
@@ -19,6 +20,7 @@ def shrink(
     plan: ShrinkPlan | None = None,
     *,
     include_normalized: bool = False,
+    same_class: bool = False,
     exclude: Sequence[str] = (),
 ) -> nn.Module:
     """Return a smaller module that computes the same, without the channels, heads and neurons that have no effect.
@@ -36,6 +38,8 @@ def shrink(
         plan: What to keep; without it, all that has an effect.
         include_normalized: Remove also what a layer, group or RMS norm or a mean reduces over, so that outputs
             change.
+        same_class: Leave alone what only the exported graph could do without, sizes being written into code (the
+            heads of ``nn.MultiheadAttention``).
         exclude: Globs on names of parameters that keep their shapes.
 
     Returns:
@@ -55,7 +59,10 @@ def shrink(
     if plan is not None:
         require_type("plan", plan, ShrinkPlan)
         return plan.apply(module, example_input)
-    return shrink_report(module, example_input, include_normalized=include_normalized, exclude=exclude).module
+    report = shrink_report(
+        module, example_input, include_normalized=include_normalized, same_class=same_class, exclude=exclude
+    )
+    return report.module
 
 
 def shrink_report(
@@ -63,6 +70,7 @@ def shrink_report(
     example_input: Any,
     *,
     include_normalized: bool = False,
+    same_class: bool = False,
     exclude: Sequence[str] = (),
 ) -> ShrinkReport:
     """Do what :func:`shrink` does, and return also the plan and the reasons.
@@ -71,14 +79,18 @@ def shrink_report(
         module: The module; left as it is.
         example_input: What its ``forward`` takes, a tuple for several.
         include_normalized: As in :func:`shrink`.
+        same_class: As in :func:`shrink`.
         exclude: As in :func:`shrink`.
 
     Returns:
         The smaller module, its plan, and what could not go.
     """
     structure = structure_of(module, example_input, exclude)
+    groups = [group for group in structure.groups(include_normalized) if bool(group.removable.any())]
+    if same_class:
+        groups = without_hard_coded(structure, groups)
     dropped = []
-    for group in structure.groups(include_normalized):
+    for group in groups:
         useless = group.classes[group.removable]
         dropped.append(useless[1:] if len(useless) == group.size else useless)  # never all of them
     return remove(structure, torch.cat([*dropped, torch.empty(0, dtype=torch.int64)]), include_normalized)

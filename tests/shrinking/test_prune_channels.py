@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_nets import make
+from small_nets import HardCoded, make
 from test_removal import masked_by, run
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -181,6 +181,18 @@ def test_residual_streams_of_transformers_go_only_on_request() -> None:
     thin = prune_channels(module, ChannelRatio(0.5), inputs, include_normalized=True)
     assert thin.norm.normalized_shape == (12,)
     assert run(thin, inputs)[0].isfinite().all()
+
+
+def test_what_is_hard_coded_can_be_left_alone() -> None:
+    torch.manual_seed(0)
+    module = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 4, 16, batch_first=True), 2)
+    inputs = torch.randn(2, 3, 8)
+    small = prune_channels(module, ChannelRatio(0.5), inputs, same_class=True)
+    assert type(small) is nn.TransformerEncoder
+    assert [layer.linear1.out_features for layer in small.layers] == [8, 8]
+    assert small.layers[0].self_attn.in_proj_weight.shape == (24, 8)
+    with pytest.raises(ValueError, match="Found none.*sizes that are written into code"):
+        prune_channels(HardCoded(), ChannelRatio(0.5), torch.randn(2, 5, 6), same_class=True)
 
 
 def test_training_goes_on(resnet: nn.Module) -> None:

@@ -128,6 +128,8 @@ class TestGraphs:
         torch.manual_seed(0)
         masked = masked_by(report.plan, HardCoded())
         small = report.module
+        kept = report.plan.kept["shift"][0]
+        assert torch.equal(small.shift, masked.shift[kept])
         assert isinstance(small, GraphForm)
         assert report.form == "graph"
         assert "not the same class" in report.explain()

@@ -125,6 +125,20 @@ def test_after_pruning_neurons() -> None:
     assert_same(small, module, torch.randn(5, 6))
 
 
+def test_a_head_of_torch_attention_stays_where_the_class_shall() -> None:
+    module = nn.TransformerEncoderLayer(8, 4, 16, batch_first=True).eval()
+    with torch.no_grad():
+        module.self_attn.out_proj.weight[:, 2:4] = 0
+        module.linear2.weight[:, 5] = 0
+    inputs = torch.randn(2, 3, 8)
+    small = shrink(module, inputs, same_class=True)
+    assert (small.linear1.out_features, len(small.self_attn.in_proj_weight)) == (15, 24)
+    with pytest.warns(UserWarning, match="exported graph"):
+        graph = shrink(module, inputs)
+    assert len(graph.self_attn.in_proj_weight) == 18
+    torch.testing.assert_close(graph.eval()(inputs), module(inputs))
+
+
 def test_a_plan_shrinks_as_it_says() -> None:
     module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     zero(module, "0.weight 0.bias", [0])

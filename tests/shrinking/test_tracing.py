@@ -65,6 +65,20 @@ def test_a_shuffle_takes_the_same_column_of_every_row() -> None:
     assert members(groups[1], "other.weight", 0) == [[each, each + 6] for each in range(6)]
 
 
+def test_chunks_stay_equal_though_each_goes_its_own_way() -> None:
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.other = nn.Linear(4, 8), nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, other = self.stem(x).chunk(2, -1)
+            return self.one(one) + self.other(other)
+
+    (group,) = structure_of(Apart(), torch.randn(3, 4)).found.groups
+    assert members(group, "stem.weight", 0) == [[each, each + 4] for each in range(4)]
+
+
 def test_pixels_of_a_shuffle_go_together() -> None:
     groups = structure_of(*make("pixel_shuffle")).found.groups
     assert members(groups[0], "0.weight", 0) == [list(range(4 * each, 4 * each + 4)) for each in range(4)]
