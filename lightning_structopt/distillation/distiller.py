@@ -17,7 +17,7 @@ from lightning_structopt.distillation.ranks import (
     same_on_all_ranks,
 )
 from lightning_structopt.distillation.taps import Taps
-from lightning_structopt.distillation.teacher import FrozenTeacher
+from lightning_structopt.distillation.teachers.frozen import FrozenTeacher
 
 Outputs: TypeAlias = dict[str, Tensor]
 

@@ -13,21 +13,21 @@ from torch._dynamo import OptimizedModule
 from typing_extensions import override
 
 from lightning_structopt._checks import require_lightning, require_type
-from lightning_structopt.distillation.appointment import appoint
 from lightning_structopt.distillation.balance import Balance
 from lightning_structopt.distillation.batches import default_input
-from lightning_structopt.distillation.cache import TeacherCache
+from lightning_structopt.distillation.cache.sample_ids import Identified
+from lightning_structopt.distillation.cache.teacher_cache import TeacherCache
 from lightning_structopt.distillation.comparison import Comparison
 from lightning_structopt.distillation.distiller import Distiller
 from lightning_structopt.distillation.export import export
-from lightning_structopt.distillation.following import EMATeacher
-from lightning_structopt.distillation.losses import DistillationLoss, SoftTarget
+from lightning_structopt.distillation.losses.logits import DistillationLoss, SoftTarget
 from lightning_structopt.distillation.pairs import Place, Weighted, pairs_from
-from lightning_structopt.distillation.sample_ids import Identified
-from lightning_structopt.distillation.sharding import shard
 from lightning_structopt.distillation.stand_in import StandIn
 from lightning_structopt.distillation.taps import LOGITS, Taps
-from lightning_structopt.distillation.teacher import Precision
+from lightning_structopt.distillation.teachers.appointment import appoint
+from lightning_structopt.distillation.teachers.following import EMATeacher
+from lightning_structopt.distillation.teachers.frozen import Precision
+from lightning_structopt.distillation.teachers.sharding import shard
 from lightning_structopt.schedules import Schedule
 
 Outputs: TypeAlias = Tensor | dict[str, Tensor]

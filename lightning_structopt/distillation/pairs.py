@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from lightning_structopt._checks import require_in, require_type
-from lightning_structopt.distillation.losses import DistillationLoss
+from lightning_structopt.distillation.losses.logits import DistillationLoss
 from lightning_structopt.distillation.taps import LOGITS
 
 Place: TypeAlias = str | tuple[str, str]
@@ -44,8 +44,8 @@ def pairs_from(loss: DistillationLoss | Mapping[Place, Weighted]) -> tuple[Pair,
         ValueError: If there is nothing to compare, a weight is out of range or one loss is in two places.
 
     Example:
-        >>> from lightning_structopt.distillation.feature_losses import Hint
-        >>> from lightning_structopt.distillation.losses import SoftTarget
+        >>> from lightning_structopt.distillation.losses.features import Hint
+        >>> from lightning_structopt.distillation.losses.logits import SoftTarget
         >>> for pair in pairs_from({"logits": SoftTarget(), ("layer2", "stage1.1"): (0.1, Hint())}):
         ...     print(pair.student, pair.teacher, pair.weight, pair.title)
         logits logits 1.0 SoftTarget

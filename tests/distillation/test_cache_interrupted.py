@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_structopt.distillation import memory_maps
-from lightning_structopt.distillation.cache import TeacherCache
+from lightning_structopt.distillation.cache import memory_maps
+from lightning_structopt.distillation.cache.teacher_cache import TeacherCache
 
 WIDTH = 64
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

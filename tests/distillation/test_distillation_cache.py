@@ -10,10 +10,10 @@ from support import Classifier, adamw, assert_same_state, dataset, loader, train
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_structopt.distillation import DistillationModule, EMATeacher
-from lightning_structopt.distillation.cache import TeacherCache
-from lightning_structopt.distillation.feature_losses import Hint
-from lightning_structopt.distillation.losses import SoftTarget
-from lightning_structopt.distillation.sample_ids import WithIds
+from lightning_structopt.distillation.cache.sample_ids import WithIds
+from lightning_structopt.distillation.cache.teacher_cache import TeacherCache
+from lightning_structopt.distillation.losses.features import Hint
+from lightning_structopt.distillation.losses.logits import SoftTarget
 
 
 def losses() -> dict[Any, Any]:

@@ -11,9 +11,9 @@ from support import Classifier, adamw, assert_same_state, loader, trainer
 
 import lightning_structopt as so
 from lightning_structopt.distillation import DistillationModule
-from lightning_structopt.distillation.contrastive import ContrastiveRepresentation
-from lightning_structopt.distillation.feature_losses import Hint
-from lightning_structopt.distillation.losses import SoftTarget
+from lightning_structopt.distillation.losses.contrastive import ContrastiveRepresentation
+from lightning_structopt.distillation.losses.features import Hint
+from lightning_structopt.distillation.losses.logits import SoftTarget
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 

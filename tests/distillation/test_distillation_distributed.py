@@ -23,8 +23,8 @@ from lightning_structopt.distillation import (
     WithIds,
 )
 from lightning_structopt.distillation.export import whole_on_cpu
-from lightning_structopt.distillation.feature_losses import Hint
-from lightning_structopt.distillation.losses import SoftTarget
+from lightning_structopt.distillation.losses.features import Hint
+from lightning_structopt.distillation.losses.logits import SoftTarget
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import lightning_structopt as so
 from lightning_structopt.distillation import DistillationModule
 from lightning_structopt.distillation.balance import Balance
-from lightning_structopt.distillation.class_losses import DKD
-from lightning_structopt.distillation.feature_losses import Hint
-from lightning_structopt.distillation.losses import SoftTarget
+from lightning_structopt.distillation.losses.classes import DKD
+from lightning_structopt.distillation.losses.features import Hint
+from lightning_structopt.distillation.losses.logits import SoftTarget
+from lightning_structopt.distillation.losses.tokens import TokenKL
 from lightning_structopt.distillation.pairs import pairs_from
-from lightning_structopt.distillation.token_losses import TokenKL
 
 
 class Unusual(Classifier):

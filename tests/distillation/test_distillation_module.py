@@ -23,9 +23,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_structopt as so
 from lightning_structopt.distillation import DistillationModule
-from lightning_structopt.distillation.class_losses import DKD
-from lightning_structopt.distillation.feature_losses import FeatureMSE, Hint
-from lightning_structopt.distillation.losses import LogitMSE, SoftTarget
+from lightning_structopt.distillation.losses.classes import DKD
+from lightning_structopt.distillation.losses.features import FeatureMSE, Hint
+from lightning_structopt.distillation.losses.logits import LogitMSE, SoftTarget
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 

@@ -12,10 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from lightning_structopt.distillation.contrastive import ContrastiveRepresentation
-from lightning_structopt.distillation.feature_losses import AttentionTransfer, CosineFeature, FeatureMSE, Hint
-from lightning_structopt.distillation.losses import DistillationLoss
-from lightning_structopt.distillation.relational_losses import RKD
+from lightning_structopt.distillation.losses.contrastive import ContrastiveRepresentation
+from lightning_structopt.distillation.losses.features import (
+    AttentionTransfer,
+    CosineFeature,
+    FeatureMSE,
+    Hint,
+)
+from lightning_structopt.distillation.losses.logits import DistillationLoss
+from lightning_structopt.distillation.losses.relations import RKD
 
 double = {"dtype": torch.float64}
 LOSSES: list[DistillationLoss] = [

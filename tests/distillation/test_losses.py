@@ -12,8 +12,8 @@ from support import CLASSES
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from lightning_structopt.distillation.class_losses import DIST, DKD
-from lightning_structopt.distillation.losses import (
+from lightning_structopt.distillation.losses.classes import DIST, DKD
+from lightning_structopt.distillation.losses.logits import (
     DistillationLoss,
     JensenShannon,
     LogitMSE,

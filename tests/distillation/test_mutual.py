@@ -11,8 +11,8 @@ from support import Classifier, ManualClassifier, adamw, assert_same_state, load
 from torch import nn
 
 from lightning_structopt.distillation import MutualDistillation
-from lightning_structopt.distillation.class_losses import DKD
-from lightning_structopt.distillation.losses import LogitMSE, SoftTarget
+from lightning_structopt.distillation.losses.classes import DKD
+from lightning_structopt.distillation.losses.logits import LogitMSE, SoftTarget
 from lightning_structopt.distillation.mutual.optimizers import one_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

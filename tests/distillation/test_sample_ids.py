@@ -12,7 +12,7 @@ from support import dataset, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, random_split
 
-from lightning_structopt.distillation.sample_ids import CollateWithIds, Identified, WithIds
+from lightning_structopt.distillation.cache.sample_ids import CollateWithIds, Identified, WithIds
 
 
 class Noisy(Dataset):

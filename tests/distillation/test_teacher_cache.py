@@ -16,10 +16,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lightning_structopt.distillation.cache import TeacherCache
-from lightning_structopt.distillation.fingerprint import fingerprint
-from lightning_structopt.distillation.losses import SoftTarget
-from lightning_structopt.distillation.sample_ids import WithIds
+from lightning_structopt.distillation.cache.fingerprint import fingerprint
+from lightning_structopt.distillation.cache.sample_ids import WithIds
+from lightning_structopt.distillation.cache.teacher_cache import TeacherCache
+from lightning_structopt.distillation.losses.logits import SoftTarget
 
 ROUNDING = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}
 every_dtype = pytest.mark.parametrize("dtype", ROUNDING)

@@ -15,7 +15,7 @@ from support import Classifier, adamw, assert_same_state, loader, trainer
 from torch import Tensor, nn
 
 from lightning_structopt.distillation import DistillationModule, EMATeacher, Teachers, born_again
-from lightning_structopt.distillation.losses import SoftTarget
+from lightning_structopt.distillation.losses.logits import SoftTarget
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 
@@ -178,7 +178,7 @@ model:
   init_args:
     teacher: {class_path: support.Classifier, init_args: {hidden: 24}}
     student: {class_path: support.Classifier, init_args: {hidden: 8}}
-    loss: {class_path: lightning_structopt.distillation.losses.SoftTarget, init_args: {temperature: 2.0}}
+    loss: {class_path: lightning_structopt.distillation.losses.logits.SoftTarget, init_args: {temperature: 2.0}}
     alpha: 0.9
     schedule: {class_path: lightning_structopt.Linear}
 """

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from lightning_structopt.distillation.losses import SoftTarget
-from lightning_structopt.distillation.token_losses import TokenKL
+from lightning_structopt.distillation.losses.logits import SoftTarget
+from lightning_structopt.distillation.losses.tokens import TokenKL
 from lightning_structopt.schedules import Linear
 
 V = 6

@@ -19,7 +19,7 @@ from lightning_structopt._checks import require_in, require_lightning, require_t
 from lightning_structopt._horizon import steps_taken, training_horizon
 from lightning_structopt.distillation.batches import default_target
 from lightning_structopt.distillation.export import export
-from lightning_structopt.distillation.losses import DistillationLoss, SoftTarget
+from lightning_structopt.distillation.losses.logits import DistillationLoss, SoftTarget
 from lightning_structopt.distillation.mutual.optimizers import monitored, one_optimizer
 from lightning_structopt.distillation.taps import LOGITS, Taps
 

@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 from typing_extensions import override
 
 from lightning_structopt._checks import require_in
-from lightning_structopt.distillation.losses import Tempered
+from lightning_structopt.distillation.losses.logits import Tempered
 from lightning_structopt.distillation.outputs import mean_over, require_mask, require_same_classes
 from lightning_structopt.schedules import Schedule
 

@@ -12,7 +12,7 @@ from typing_extensions import Self, override
 
 from lightning_structopt._checks import require_in
 from lightning_structopt.distillation.taps import Taps
-from lightning_structopt.distillation.teacher import FrozenTeacher, Precision
+from lightning_structopt.distillation.teachers.frozen import FrozenTeacher, Precision
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from lightning_structopt.distillation.batches import call_with, default_input
-from lightning_structopt.distillation.sample_ids import Identified, WithIds
+from lightning_structopt.distillation.cache.sample_ids import Identified, WithIds
 
 
 def outputs_of(teacher: nn.Module, batch: Any) -> Any:

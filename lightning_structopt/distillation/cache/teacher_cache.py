@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_whole
-from lightning_structopt.distillation.encoding import Encoding, Rounded, TopK, name_of
-from lightning_structopt.distillation.filling import each_batch, outputs_of
-from lightning_structopt.distillation.fingerprint import fingerprint
-from lightning_structopt.distillation.layout import Layout
-from lightning_structopt.distillation.memory_maps import Numbers
-from lightning_structopt.distillation.sample_ids import REMEDY
-from lightning_structopt.distillation.store import Store
+from lightning_structopt.distillation.cache.encoding import Encoding, Rounded, TopK, name_of
+from lightning_structopt.distillation.cache.filling import each_batch, outputs_of
+from lightning_structopt.distillation.cache.fingerprint import fingerprint
+from lightning_structopt.distillation.cache.layout import Layout
+from lightning_structopt.distillation.cache.memory_maps import Numbers
+from lightning_structopt.distillation.cache.sample_ids import REMEDY
+from lightning_structopt.distillation.cache.store import Store
 
 Forward = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
 _NOISE = 5e-3  # of a teacher that computes in float32, maybe by TF32: other batch sizes take other kernels

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_structopt.distillation.encoding import name_of
-from lightning_structopt.distillation.memory_maps import Bytes
+from lightning_structopt.distillation.cache.encoding import name_of
+from lightning_structopt.distillation.cache.memory_maps import Bytes
 
 
 @dataclass(frozen=True)

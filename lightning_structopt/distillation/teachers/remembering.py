@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_structopt.distillation.cache import TeacherCache
-from lightning_structopt.distillation.fingerprint import fingerprint
-from lightning_structopt.distillation.sample_ids import WithIds
-from lightning_structopt.distillation.teacher import FrozenTeacher, Precision
+from lightning_structopt.distillation.cache.fingerprint import fingerprint
+from lightning_structopt.distillation.cache.sample_ids import WithIds
+from lightning_structopt.distillation.cache.teacher_cache import TeacherCache
+from lightning_structopt.distillation.teachers.frozen import FrozenTeacher, Precision
 
 _HALF = 5e-2  # how far half precision may be off between batches of other sizes, relative to the output
 

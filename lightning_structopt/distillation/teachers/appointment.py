@@ -6,11 +6,11 @@ from typing import Any
 from torch import nn
 
 from lightning_structopt._checks import require_type
-from lightning_structopt.distillation.cache import TeacherCache
-from lightning_structopt.distillation.following import EMATeacher, FollowingTeacher
+from lightning_structopt.distillation.cache.teacher_cache import TeacherCache
 from lightning_structopt.distillation.pairs import Pair
-from lightning_structopt.distillation.remembering import RememberingTeacher
-from lightning_structopt.distillation.teacher import FrozenTeacher, Precision, require_apart
+from lightning_structopt.distillation.teachers.following import EMATeacher, FollowingTeacher
+from lightning_structopt.distillation.teachers.frozen import FrozenTeacher, Precision, require_apart
+from lightning_structopt.distillation.teachers.remembering import RememberingTeacher
 
 
 def appoint(

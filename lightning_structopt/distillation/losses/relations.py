@@ -8,7 +8,7 @@ from torch.nn.functional import normalize, smooth_l1_loss
 from typing_extensions import override
 
 from lightning_structopt._checks import require_in
-from lightning_structopt.distillation.losses import DistillationLoss
+from lightning_structopt.distillation.losses.logits import DistillationLoss
 from lightning_structopt.distillation.outputs import require_mask, widen
 
 

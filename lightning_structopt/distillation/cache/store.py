@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_structopt.distillation.layout import Layout
-from lightning_structopt.distillation.memory_maps import (
+from lightning_structopt.distillation.cache.layout import Layout
+from lightning_structopt.distillation.cache.memory_maps import (
     Bytes,
     Numbers,
     Shard,

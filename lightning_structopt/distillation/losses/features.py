@@ -7,8 +7,13 @@ from torch.nn.functional import cosine_similarity, normalize
 from typing_extensions import override
 
 from lightning_structopt._checks import require_in, require_whole
-from lightning_structopt.distillation.adapters import adapt_features, channel_dim, make_adapter, resize_like
-from lightning_structopt.distillation.losses import DistillationLoss
+from lightning_structopt.distillation.losses.adapters import (
+    adapt_features,
+    channel_dim,
+    make_adapter,
+    resize_like,
+)
+from lightning_structopt.distillation.losses.logits import DistillationLoss
 from lightning_structopt.distillation.outputs import mean_over, require_mask, require_same_shape, widen
 
 _TAP_ELSEWHERE = "Tap layers that fit each other, or use `Hint`, whose adapter fits the channels."

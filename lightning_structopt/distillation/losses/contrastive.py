@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy, normalize
 from typing_extensions import override
 
 from lightning_structopt._checks import require_in, require_whole
-from lightning_structopt.distillation.adapters import adapt_features, make_adapter
-from lightning_structopt.distillation.losses import DistillationLoss
+from lightning_structopt.distillation.losses.adapters import adapt_features, make_adapter
+from lightning_structopt.distillation.losses.logits import DistillationLoss
 from lightning_structopt.distillation.outputs import require_mask, widen
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_structopt._checks import require_whole
-from lightning_structopt.distillation.losses import SoftTarget
+from lightning_structopt.distillation.losses.logits import SoftTarget
 from lightning_structopt.schedules import Schedule
 
 

@@ -1,0 +1,1 @@
+"""Who teaches: one frozen model, several, the student's own past, or a cache."""
