@@ -133,6 +133,15 @@ def matmul(call: Call) -> Value:
     return contract(call.space, left, right, f"{one}mk,{other}kn->{batch}mn", call.why)
 
 
+def matmul_and_add(call: Call) -> Value:
+    """``addmm`` and ``baddbmm``: a product of matrices and what is added to it."""
+    batch = "b" if call.name == "baddbmm" else ""
+    names = ("batch1", "batch2") if batch else ("mat1", "mat2")
+    left, right = (call.tensor(name) for name in names)
+    result = contract(call.space, left, right, f"{batch}mk,{batch}kn->{batch}mn", call.why)
+    return merge(call.space, [result, call.tensor("self")], call.shape, both_zero, call.why)
+
+
 def einsum(call: Call) -> Value:
     """``torch.einsum`` of two tensors without an ellipsis."""
     equation = call.arguments["equation"].replace(" ", "")

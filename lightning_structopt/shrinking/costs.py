@@ -45,7 +45,8 @@ def flop_count(traced: Trace) -> Cost:
     return cost
 
 
-_MATRIX_PRODUCTS = {"matmul", "mm", "bmm"}
+# By the name of the operator, the argument that is the left matrix.
+_MATRIX_PRODUCTS = {"matmul": "self", "mm": "self", "bmm": "self", "addmm": "mat1", "baddbmm": "batch1"}
 
 
 def _counts(node: fx.Node) -> bool:
@@ -69,7 +70,7 @@ def _multiplications(node: fx.Node, sizes: Sizes) -> int:
     if name == "linear":
         return _product(result) * sizes.shape(sizes.of(arguments["weight"]))[1]
     if name in _MATRIX_PRODUCTS:
-        return _product(result) * sizes.shape(sizes.of(arguments["self"]))[-1]
+        return _product(result) * sizes.shape(sizes.of(arguments[_MATRIX_PRODUCTS[name]]))[-1]
     if name == "scaled_dot_product_attention":
         query, key = (sizes.shape(sizes.of(arguments[each])) for each in ("query", "key"))
         return _product(query) * key[-2] + _product(result) * key[-2]

@@ -165,7 +165,7 @@ def merge(
     """Put the layers of tensors together that are combined element by element.
 
     Layers that vary along a common dimension are tied. Where another tensor has elements of its own along that
-    dimension but no labels, it is data, and the labels are kept.
+    dimension but no labels, it is data, and that dimension stays whole.
 
     Args:
         space: All labels.
@@ -187,13 +187,17 @@ def merge(
         for layer in together:
             if layer is not finest:
                 space.tie(finest.labels, layer.labels)
-        if any(
-            not mine and any(size[dim] > 1 for dim in dims) for mine, size in zip(chosen, sizes, strict=True)
-        ):
-            space.fix(finest.labels, why)
+        data = {
+            dim
+            for mine, size in zip(chosen, sizes, strict=True)
+            for dim in (() if mine else dims)
+            if size[dim] > 1
+        }
+        whole = space.collapse(finest, data, why)
+        if whole is None:
             continue
         zero = zero_of([_any_zero(mine) for mine in chosen])
-        layers.append(_with_zero(finest.labels, zero))
+        layers.append(_with_zero(whole.labels, zero))
     return Labelled(shape, tuple(layers))
 
 

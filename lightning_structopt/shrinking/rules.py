@@ -14,6 +14,7 @@ from lightning_structopt.shrinking.contraction import (
     either_zero,
     linear,
     matmul,
+    matmul_and_add,
     unknown,
 )
 from lightning_structopt.shrinking.convolutions import convolution
@@ -157,6 +158,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), convolution),
     "linear": linear,
     **dict.fromkeys(("matmul", "mm", "bmm"), matmul),
+    **dict.fromkeys(("addmm", "baddbmm"), matmul_and_add),
     "einsum": einsum,
     "scaled_dot_product_attention": attention,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),

@@ -31,7 +31,11 @@ class _NoChance(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @torch.no_grad()
 def outputs_of(module: nn.Module, inputs: tuple[Any, ...], training: bool = False) -> list[Tensor]:
-    """Run a module, whose running statistics that may change, and return all tensors of its output."""
+    """Run a module, whose running statistics that may change, and return all tensors of its output.
+
+    Raises:
+        TypeError: If there are none.
+    """
     modes = [(part, part.training) for part in module.modules()]
     module.train(training)
     fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -44,7 +48,14 @@ def outputs_of(module: nn.Module, inputs: tuple[Any, ...], training: bool = Fals
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for part, mode in modes:
             part.training = mode
-    return [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+    outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+    if not outputs:
+        raise TypeError(
+            f"Shrinking compares outputs, which must be tensors, or lists, tuples and dictionaries of them. Found "
+            f"`{type(result).__name__}` of `{type(module).__name__}`. Return one of those, or register the class by "
+            "`torch.utils._pytree.register_dataclass`."
+        )
+    return outputs
 
 
 def _copied(value: Any) -> Any:
