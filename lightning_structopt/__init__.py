@@ -79,6 +79,15 @@ from lightning_structopt.schedules import (
     Step,
     Warmup,
 )
+from lightning_structopt.shrinking import (
+    ChannelRatio,
+    FLOPs,
+    Parameters,
+    ShrinkPlan,
+    Target,
+    prune_channels,
+    shrink,
+)
 
 __version__ = "0.1.0.dev0"
 
@@ -93,6 +102,7 @@ __all__ = [
     "BatchNormScale",
     "Block",
     "Calibration",
+    "ChannelRatio",
     "CollateWithIds",
     "Constant",
     "ContrastiveRepresentation",
@@ -107,6 +117,7 @@ __all__ = [
     "EMATeacher",
     "ErdosRenyi",
     "Exponential",
+    "FLOPs",
     "FeatureMSE",
     "GeometricMedian",
     "GeometricRamp",
@@ -129,6 +140,7 @@ __all__ = [
     "Neurons",
     "OneCycleRamp",
     "OneShotRamp",
+    "Parameters",
     "Pattern",
     "Penalty",
     "PerLayer",
@@ -142,9 +154,11 @@ __all__ = [
     "RewindWeights",
     "RigL",
     "Schedule",
+    "ShrinkPlan",
     "SoftTarget",
     "SparsityPenalty",
     "Step",
+    "Target",
     "Taylor",
     "TeacherCache",
     "Teachers",
@@ -160,6 +174,8 @@ __all__ = [
     "neuron_importance",
     "profile",
     "prune",
+    "prune_channels",
     "sensitivity",
+    "shrink",
     "to_semi_structured",
 ]

@@ -45,6 +45,9 @@ VALUES = [
     so.RewindLR(to=0.05),
     so.RigL(fraction=0.2, every=50, until=0.6),
     so.EMATeacher(decay=0.99),
+    so.ChannelRatio(0.5),
+    so.FLOPs(0.5),
+    so.Parameters(0.3),
     so.Uniform(),
     so.ErdosRenyi(),
     so.PerLayer({"net.0.weight": 0.5}),
@@ -56,7 +59,7 @@ def test_every_exported_dataclass_is_registered() -> None:
     exported = {
         name for name in so.__all__ if inspect.isclass(c := getattr(so, name)) and dataclasses.is_dataclass(c)
     }
-    holders = {"Calibration", "CollateWithIds"}  # of data and of a function
+    holders = {"Calibration", "CollateWithIds", "ShrinkPlan"}  # of data, of a function, of names and indices
     assert exported - holders == {type(value).__name__ for value in VALUES}
 
 
