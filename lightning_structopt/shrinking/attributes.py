@@ -1,8 +1,9 @@
 """Which Python attributes held the sizes that a graph has as literals."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -12,22 +13,51 @@ _TRIALS = 24
 Edits = dict[str, dict[str, Any]]
 
 
-def candidate_edits(module: nn.Module, literals: Sequence[Literal]) -> dict[str, dict[str, list[Any]]]:
-    """Return for each submodule the attributes that may have to change, and the values they may take.
+@dataclass(frozen=True)
+class Candidate:
+    """An attribute that may have to change.
 
-    An attribute is a candidate where it equals a literal that an operator of that submodule has. It may be so by
-    chance (eight heads and windows of eight), so that keeping it is the last of its values.
+    Args:
+        path: The submodule.
+        name: The attribute.
+        values: What it may be afterwards, the likeliest first. It may equal a size by chance (eight heads and
+            windows of eight), so that its old value is the last.
+        doubtful: Whether the submodule has an operator in which the same number stays.
     """
-    found: dict[str, dict[str, list[Any]]] = {}
+
+    path: str
+    name: str
+    values: tuple[Any, ...]
+    doubtful: bool
+
+
+def candidate_edits(module: nn.Module, literals: Sequence[Literal]) -> list[Candidate]:
+    """Return the attributes that equal a literal which an operator of their submodule has, and which changes.
+
+    Args:
+        module: The module.
+        literals: All literals that stand for sizes.
+    """
+    found: dict[tuple[str, str], list[Any]] = {}
+    stay = {
+        (literal.place, number) for literal in literals for number, new in _pairs(literal) if number == new
+    }
     for literal in literals:
         part = module.get_submodule(literal.place)
-        for name, old, new in _matches(part, literal):
-            values = found.setdefault(literal.place, {}).setdefault(name, [])
+        for name, old, new in _matches(part, literal) if literal.changed else ():
+            values = found.setdefault((literal.place, name), [])
             if new not in values:
                 values.insert(-1 if old in values else len(values), new)
             if old not in values and name != literal.argument:
                 values.append(old)
-    return found
+    return [
+        Candidate(path, name, tuple(values), (path, values[-1]) in stay if _is_number(values[-1]) else False)
+        for (path, name), values in found.items()
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int)
 
 
 def _matches(part: nn.Module, literal: Literal) -> Iterator[tuple[str, Any, Any]]:
@@ -59,54 +89,45 @@ def _like(old: Any, new: Any) -> Any:
 
 
 def choose_edits(
-    module: nn.Module,
-    candidates: dict[str, dict[str, list[Any]]],
-    works: Callable[[Edits], bool | list[str]],
+    module: nn.Module, candidates: Sequence[Candidate], works: Callable[[Edits], bool | list[str]]
 ) -> Edits | None:
     """Find values of attributes with which the module works; None if there are none.
 
     Submodules of one class are alike in which of their attributes hold sizes, so that the choice is made by
-    class and attribute.
+    class and attribute; apart for those that are doubtful.
 
     Args:
         module: The module.
-        candidates: Its attributes and what they may be, the likeliest first.
+        candidates: Its attributes and what they may be.
         works: Tries some edits, and returns whether they do, or the names of the submodules that failed, the
             innermost first.
     """
-    kinds: dict[tuple[type, str], int] = {}
-    for path, attributes in candidates.items():
-        for name, values in attributes.items():
-            key = (type(module.get_submodule(path)), name)
-            kinds[key] = max(kinds.get(key, 1), len(values))
-    choice = dict.fromkeys(kinds, 0)
+    kinds = [(type(module.get_submodule(each.path)), each.doubtful, each.name) for each in candidates]
+    sizes: dict[_Kind, int] = {}
+    for each, kind in zip(candidates, kinds, strict=True):
+        sizes[kind] = max(sizes.get(kind, 1), len(each.values))
+    choice = dict.fromkeys(sizes, 0)
+    having = {each.path for each in candidates}
     for _ in range(_TRIALS):
-        outcome = works(_edits(module, candidates, choice))
+        edits: Edits = {}
+        for each, kind in zip(candidates, kinds, strict=True):
+            edits.setdefault(each.path, {})[each.name] = each.values[min(choice[kind], len(each.values) - 1)]
+        outcome = works(edits)
         if outcome is True:
-            return _edits(module, candidates, choice)
-        if not isinstance(outcome, list):
-            return None
-        failed = [type(module.get_submodule(path)) for path in outcome if path in candidates]
-        if not failed or not _advance(choice, kinds, failed[0]):
+            return edits
+        failed = [type(module.get_submodule(path)) for path in outcome or () if path in having]
+        if not failed or not _advance(choice, sizes, failed[0]):
             return None
     return None
 
 
-def _edits(
-    module: nn.Module, candidates: dict[str, dict[str, list[Any]]], choice: dict[tuple[type, str], int]
-) -> Edits:
-    edits: Edits = {}
-    for path, attributes in candidates.items():
-        kind = type(module.get_submodule(path))
-        for name, values in attributes.items():
-            edits.setdefault(path, {})[name] = values[min(choice[kind, name], len(values) - 1)]
-    return edits
+_Kind: TypeAlias = "tuple[type, bool, str]"
 
 
-def _advance(choice: dict[tuple[type, str], int], kinds: dict[tuple[type, str], int], kind: type) -> bool:
-    """Go on to the next choice for one class; False after the last."""
-    keys = [key for key in kinds if key[0] is kind]
-    options = list(product(*(range(kinds[key]) for key in keys)))
+def _advance(choice: dict[_Kind, int], sizes: dict[_Kind, int], failed: type) -> bool:
+    """Go on to the next choice for one class, the doubtful ones first; False after the last."""
+    keys = sorted((key for key in sizes if key[0] is failed), key=lambda key: key[1])
+    options = list(product(*(range(sizes[key]) for key in keys)))
     at = options.index(tuple(choice[key] for key in keys)) + 1
     if at >= len(options):
         return False

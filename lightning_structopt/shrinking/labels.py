@@ -83,6 +83,7 @@ class LabelSpace:
             Tensor
         ] = []  # labels of what is divided by its own length, so that zeros are no use
         self._edges: list[Tensor] = []
+        self._buffers: list[Tensor] = []
         self._normalized: list[Tensor] = []
         self._alive: list[Tensor] = []
 
@@ -90,6 +91,16 @@ class LabelSpace:
         """Return ``count`` new labels."""
         self.size += count
         return torch.arange(self.size - count, self.size)
+
+    def fresh_of_buffer(self, count: int) -> Tensor:
+        """Return ``count`` new labels of a buffer: a table that need not get smaller."""
+        self._buffers.append(self.fresh(count))
+        return self._buffers[-1]
+
+    def of_buffers(self, labels: Tensor) -> bool:
+        """Tell whether labels are those of buffers alone."""
+        given = labels[labels != FIXED]
+        return bool(torch.isin(given, torch.cat([*self._buffers, given[:0]])).all())
 
     def tie(self, one: Tensor, other: Tensor) -> None:
         """Let labels go together, element by element with broadcasting."""
@@ -179,6 +190,7 @@ def merge(
         for value in values
     ]
     sizes = [(1,) * (len(shape) - value.ndim) + value.shape for value in values]
+    aligned = _without_tables(space, aligned, why)
     layers = []
     for dims in _overlapping([layer.dims for each in aligned for layer in each]):
         chosen = [[layer for layer in each if set(layer.dims) & dims] for each in aligned]
@@ -199,6 +211,22 @@ def merge(
         zero = zero_of([_any_zero(mine) for mine in chosen])
         layers.append(_with_zero(whole.labels, zero))
     return Labelled(shape, tuple(layers))
+
+
+def _without_tables(space: LabelSpace, aligned: list[list[Layer]], why: str) -> list[list[Layer]]:
+    """Take buffers that have some of the dimensions of other labels for data.
+
+    A table of angles has the features of a head: were it to get smaller, all heads would lose the same features.
+    """
+    everything = [layer for each in aligned for layer in each]
+
+    def is_table(layer: Layer) -> bool:
+        finer = any(set(layer.dims) < set(other.dims) for other in everything)
+        return finer and space.of_buffers(layer.labels)
+
+    for layer in filter(is_table, everything):
+        space.fix(layer.labels, why)
+    return [[layer for layer in each if not is_table(layer)] for each in aligned]
 
 
 def _overlapping(sets: Iterable[Sequence[int]]) -> list[set[int]]:

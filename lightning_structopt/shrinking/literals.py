@@ -31,6 +31,11 @@ class Literal:
     new: Any
 
     @property
+    def changed(self) -> bool:
+        """Whether it must change."""
+        return bool(self.old != self.new)
+
+    @property
     def place(self) -> str:
         """The module that ran the operator."""
         return place_of(self.node)
@@ -79,14 +84,18 @@ class Sizes:
 
 
 def changed_literals(trace: Trace, kept: Tensor) -> list[Literal]:
-    """Return all literals that must change where only labels that are ``kept`` remain."""
+    """Return the literals that must change where only labels that are ``kept`` remain."""
+    return [literal for literal in all_literals(trace, kept) if literal.changed]
+
+
+def all_literals(trace: Trace, kept: Tensor) -> list[Literal]:
+    """Return all literals that stand for sizes, with their values where only labels that are ``kept`` remain."""
     sizes = Sizes(trace.values, kept)
     return [
         Literal(node, name, old, new)
         for node in trace.program.graph.nodes
         if isinstance(node.target, torch._ops.OpOverload)
         for name, old, new in _literals(node, sizes)
-        if old != new
     ]
 
 

@@ -103,10 +103,11 @@ def split(call: Call) -> Value:
     starts = [0]
     for shape in call.shapes:
         starts.append(starts[-1] + shape[dim])
-    return tuple(
+    parts = (
         Labelled(shape, _moved(source, partial(torch.narrow, dim=dim, start=start, length=shape[dim])))
         for start, shape in zip(starts, call.shapes, strict=False)
     )
+    return tuple(_not_alone(call, source, part, dim) for part in parts)
 
 
 def _alike(call: Call, source: Labelled, dim: int, size: int) -> Labelled:
@@ -141,7 +142,18 @@ def cut(call: Call) -> Value:
     if call.plain(call.arguments["step"]) != 1:
         kept = (call.space.collapse(layer, [dim], call.why) for layer in source.layers)
         source = Labelled(source.shape, tuple(layer for layer in kept if layer is not None))
-    return Labelled(call.shape, _moved(source, _itself(call)))
+    result = Labelled(call.shape, _moved(source, _itself(call)))
+    return _not_alone(call, source, result, dim)
+
+
+def _not_alone(call: Call, source: Labelled, part: Labelled, dim: int) -> Labelled:
+    """Keep what code cuts out as a single element: without it the part would be empty."""
+    if part.shape[dim] != 1 or not source.along(dim):
+        return part
+    for layer in part.layers:
+        if not layer.dims:
+            call.space.fix(layer.labels, call.why)
+    return Labelled(part.shape, tuple(layer for layer in part.layers if layer.dims))
 
 
 def concatenate(call: Call) -> Value:

@@ -182,7 +182,8 @@ class _Walk:
     def _label(self, name: str, tensor: Tensor) -> Labelled:
         """Return the labels of a parameter: one layer a dimension."""
         if name not in self._origins:
-            firsts = [(dim, size, self.space.fresh(size)) for dim, size in enumerate(tensor.shape)]
+            new = self.space.fresh if isinstance(tensor, nn.Parameter) else self.space.fresh_of_buffer
+            firsts = [(dim, size, new(size)) for dim, size in enumerate(tensor.shape)]
             self._origins[name] = [
                 Origin(name, dim, int(labels[0]) if size else 0, size) for dim, size, labels in firsts
             ]

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_structopt.shrinking.attributes import Edits, candidate_edits, choose_edits
-from lightning_structopt.shrinking.literals import changed_literals
+from lightning_structopt.shrinking.literals import all_literals
 from lightning_structopt.shrinking.structure import Structure
 from lightning_structopt.shrinking.surgery import set_attributes, sizes_that_tell, smaller_copy
 from lightning_structopt.shrinking.tracing import Trace
@@ -46,7 +46,7 @@ class Trial:
             kept: For each label, whether it is kept.
         """
         module = self._structure.module
-        literals = changed_literals(self._structure.traced, kept)
+        literals = all_literals(self._structure.traced, kept)
         return choose_edits(module, candidate_edits(module, literals), self.works)
 
     def small(self, edits: Edits) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
@@ -77,7 +77,14 @@ class Trial:
 
     def _gap(self, small: nn.Module, expected: list[Tensor], training: bool) -> float:
         assert self._masked is not None
-        return difference(self._masked, expected, small, self._structure.inputs, training)
+        try:
+            return difference(self._masked, expected, small, self._structure.inputs, training)
+        except Exception as error:  # whatever the user's code raises when sizes don't fit
+            mode = "training" if training else "evaluation"
+            raise ValueError(
+                f"A smaller module must run in {mode} where the masked one does. Found {type(error).__name__}: "
+                f"{error}. Name parameters of that part in `exclude`."
+            ) from error
 
     def checked(self, small: nn.Module) -> float:
         """Return the largest difference in evaluation and training; last, as it changes the masked module.
@@ -85,20 +92,30 @@ class Trial:
         Raises:
             ValueError: If outputs differ that should not.
         """
-        assert self._masked is not None
         gap = self._gap(small, self._expected, training=False)
-        try:
-            expected = outputs_of(self._masked, self._structure.inputs, training=True)
+        expected = self._trained()
+        if expected is not None:
             gap = max(gap, self._gap(small, expected, training=True))
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):  # of a batch norm, in a batch of one
-                raise
         if gap > TOLERANCE and not self._changes_outputs:
             raise ValueError(
                 "A smaller module must compute what the masked one does. Found outputs that differ by "
                 f"{gap:.1e} of the largest. Please report the module; name parameters in `exclude` to go around it."
             )
         return gap
+
+    def _trained(self) -> list[Tensor] | None:
+        """Return the outputs of the masked module in training; None where it has none for a batch of one.
+
+        Raises:
+            ValueError: If the module itself raises one.
+        """
+        assert self._masked is not None
+        try:
+            return outputs_of(self._masked, self._structure.inputs, training=True)
+        except ValueError as error:
+            if "more than 1 value per channel" in str(error):  # of a batch norm
+                return None
+            raise
 
 
 def kept_indices(traced: Trace, kept: Tensor) -> Lists:

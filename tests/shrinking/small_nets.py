@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import timm
+import pytest
 import torch
 from torch import Tensor, nn
 from torchvision import models
@@ -77,6 +77,53 @@ class GroupedQueries(nn.Module):
         key, value = self.kv(x).view(batch, length, 2, self.kv_heads, self.size).permute(2, 0, 3, 1, 4)
         result = nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
         return self.out(result.transpose(1, 2).flatten(2))
+
+
+class Rotary(Heads):
+    """Attention whose features are turned by a table of angles."""
+
+    def __init__(self) -> None:
+        super().__init__(head_dim=4)
+        self.register_buffer("rates", torch.tensor([0.3, 0.7]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        angles = torch.arange(length)[:, None] * self.rates.repeat(2)
+        query, key = (each * angles.cos() + self.turned(each) * angles.sin() for each in qkv[:2])
+        result = nn.functional.scaled_dot_product_attention(query, key, qkv[2])
+        return x + self.out(result.transpose(1, 2).flatten(2))
+
+    def turned(self, x: Tensor) -> Tensor:
+        one, other = x.chunk(2, -1)
+        return torch.cat([-other, one], -1)
+
+
+class Affine(nn.Module):
+    """A linear layer as GPT-2 has it, whose attributes are the sizes it views its input and output as."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.addmm(self.bias, x.reshape(-1, self.inputs), self.weight)
+        return flat.view(*x.shape[:-1], self.outputs)
+
+
+class Gates(nn.Module):
+    """Gates of one channel each, picked by their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [6, 2]
+        self.stem, self.head = nn.Linear(4, 8), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, gates = self.stem(x).split(self.sizes, -1)
+        return self.head(values * gates[:, :1] + values.relu() * gates[:, 1:])
 
 
 class Shuffle(nn.Module):
@@ -185,11 +232,13 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "efficientnet": (efficient_net, image),
     "squeezenet": (lambda: models.SqueezeNet("1_1", num_classes=5), lambda: image(48)),
     "timm_vit": (
-        lambda: timm.models.VisionTransformer(32, 8, embed_dim=24, depth=2, num_heads=3, num_classes=5),
+        lambda: pytest.importorskip("timm").models.VisionTransformer(
+            32, 8, embed_dim=24, depth=2, num_heads=3, num_classes=5
+        ),
         image,
     ),
     "timm_swin": (
-        lambda: timm.models.SwinTransformer(
+        lambda: pytest.importorskip("timm").models.SwinTransformer(
             32, 2, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, num_classes=5
         ),
         image,
@@ -198,6 +247,12 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "split": (Split, lambda: torch.randn(3, 6)),
     "heads": (Heads, lambda: torch.randn(2, 5, 12)),
     "heads_of_equal_numbers": (partial(Heads, heads=3), lambda: torch.randn(2, 5, 12)),
+    "rotary": (Rotary, lambda: torch.randn(2, 5, 12)),
+    "affine": (
+        lambda: nn.Sequential(Affine(6, 12), nn.GELU(), Affine(12, 12), nn.GELU(), Affine(12, 6)),
+        lambda: torch.randn(2, 3, 6),
+    ),
+    "gates": (Gates, lambda: torch.randn(5, 4)),
     "grouped_queries": (GroupedQueries, lambda: torch.randn(2, 5, 8)),
     "shuffle": (Shuffle, lambda: image(8)),
     "lstm": (lambda: Recurrent(nn.LSTM), lambda: torch.randn(2, 5, 4)),

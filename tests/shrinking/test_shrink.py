@@ -175,6 +175,38 @@ def test_a_batch_of_one_is_compared_in_evaluation() -> None:
     assert shrink(module, torch.randn(1, 4))[0].out_features == 7
 
 
+class _Checked(nn.Module):
+    """Counts its features in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.one(x)
+        if self.training and hidden.shape[-1] < 7:
+            raise RuntimeError("too few features")
+        return self.two(hidden)
+
+
+def test_a_module_that_then_can_not_be_trained_is_refused() -> None:
+    module = _Checked()
+    nn.init.zeros_(module.two.weight)
+    with pytest.raises(ValueError, match="must run in training .* RuntimeError: too few features.*`exclude`"):
+        shrink(module, torch.randn(3, 4))
+
+
+def test_outputs_that_are_no_tensors_are_an_error() -> None:
+    class Silent(nn.Module):
+        def forward(self, x: Tensor) -> int:
+            return len(x)
+
+    with pytest.raises(
+        TypeError, match="must be tensors, or lists, tuples and dictionaries of them. Found `int`"
+    ):
+        shrink(Silent(), torch.randn(3, 4))
+
+
 class _Lopsided(nn.Module):
     """Reads the sum of its input's width, which no literal tells."""
 

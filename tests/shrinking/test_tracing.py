@@ -53,6 +53,16 @@ def test_heads_go_as_wholes() -> None:
     assert members(group, "out.weight", 1) == [[3 * head + index for index in range(3)] for head in range(4)]
 
 
+def test_heads_that_are_turned_by_a_table_go_as_wholes() -> None:
+    (group,) = structure_of(*make("rotary")).groups(include_normalized=False)
+    assert members(group, "out.weight", 1) == [list(range(4 * head, 4 * head + 4)) for head in range(4)]
+
+
+def test_what_code_picks_by_its_number_stays() -> None:
+    (group,) = structure_of(*make("gates")).found.groups
+    assert members(group, "stem.weight", 0) == [[each] for each in range(6)]
+
+
 def test_heads_that_share_a_key_go_together() -> None:
     (group,) = structure_of(*make("grouped_queries")).found.groups
     assert group.size == 2
