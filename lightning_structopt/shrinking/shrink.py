@@ -58,6 +58,11 @@ def shrink(
     """
     if plan is not None:
         require_type("plan", plan, ShrinkPlan)
+        if include_normalized or same_class or exclude:
+            raise ValueError(
+                "A `plan` says all that is removed. Found it with other options. Leave out `include_normalized`, "
+                "`same_class` and `exclude`, or the plan."
+            )
         return plan.apply(module, example_input)
     report = shrink_report(
         module, example_input, include_normalized=include_normalized, same_class=same_class, exclude=exclude

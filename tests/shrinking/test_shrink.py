@@ -147,6 +147,8 @@ def test_a_plan_shrinks_as_it_says() -> None:
     small = shrink(other, torch.randn(3, 4), plan)
     assert torch.equal(small[0].weight, other[0].weight[1:])
     assert torch.equal(small[2].weight, other[2].weight[:, 1:])
+    with pytest.raises(ValueError, match="A `plan` says all that is removed. Found it with other options"):
+        shrink(other, torch.randn(3, 4), plan, exclude=["0.weight"])
 
 
 def test_plan_of_the_wrong_kind() -> None:
