@@ -91,23 +91,35 @@ def evaluate(
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     scored: MetricCollection | None = None
     samples: list[Tensor] = []
-    task, first = "", None
+    task, first, order = "", None, list[str]()
     with evaluating(module):
         for batch in loader:
             batch = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, batch)
             outputs, target = predict(module, batch)
             if scored is None:
                 task, first = task_of(outputs, target), batch
-                chosen = metrics_for(task, outputs) if metrics is None else metrics.clone()
-                scored = chosen if isinstance(chosen, MetricCollection) else MetricCollection([chosen])
-                scored.to(device).reset()
+                chosen = metrics_for(task, outputs) if metrics is None else metrics
+                order = list(chosen) if isinstance(chosen, dict) else []
+                scored = _collection(chosen).to(device)
             outputs, target = _as_metrics_want(task, outputs, target)
             scored.update(outputs, target)
             samples.append(_by_sample(task, outputs, target).cpu())
     if scored is None:
         raise ValueError("The data must have at least one batch. Found none. Check the loader.")
-    found = {name: float(value) for name, value in scored.compute().items() if value.numel() == 1}
+    values = scored.compute()
+    # Collections sort by name; the first metric is the one that counts.
+    names = sorted(values, key=lambda name: order.index(name) if name in order else len(order))
+    found = {name: float(values[name]) for name in names if values[name].numel() == 1}
     return Quality(task, found, torch.cat(samples), first)
+
+
+def _collection(metrics: Metric | MetricCollection | dict[str, Metric]) -> MetricCollection:
+    """Return a collection of fresh copies."""
+    if isinstance(metrics, dict):
+        return MetricCollection(dict(metrics))
+    metrics = metrics.clone()
+    metrics.reset()
+    return metrics if isinstance(metrics, MetricCollection) else MetricCollection([metrics])
 
 
 def task_of(outputs: Any, target: Any) -> str:
@@ -136,45 +148,45 @@ def task_of(outputs: Any, target: Any) -> str:
     )
 
 
-def metrics_for(task: str, outputs: Any) -> MetricCollection:
+def metrics_for(task: str, outputs: Any) -> dict[str, Metric]:
     """Return what is usual for ``task``, for outputs of the shape of ``outputs``."""
     if task == "binary":
-        return MetricCollection({
+        return {
             "accuracy": BinaryAccuracy(),
             "precision": BinaryPrecision(),
             "recall": BinaryRecall(),
             "F1": BinaryF1Score(),
             "AUROC": BinaryAUROC(thresholds=200),
             "calibration error": BinaryCalibrationError(),
-        })
+        }
     if task == "regression":
-        return MetricCollection({
+        return {
             "MSE": MeanSquaredError(),
             "RMSE": MeanSquaredError(squared=False),
             "MAE": MeanAbsoluteError(),
             "R2": R2Score(),
-        })
+        }
     if task == "tokens":
         classes = outputs.shape[2]
         by_token = _TokenAccuracy(classes, average="micro", ignore_index=_IGNORED)
-        return MetricCollection({"accuracy": by_token, "perplexity": Perplexity(ignore_index=_IGNORED)})
+        return {"accuracy": by_token, "perplexity": Perplexity(ignore_index=_IGNORED)}
     if task == "text":
-        scores: dict[str, Metric | MetricCollection] = {"BLEU": BLEUScore()}
+        scores: dict[str, Metric] = {"BLEU": BLEUScore()}
         if _NLTK_AVAILABLE:
             scores["ROUGE"] = ROUGEScore(rouge_keys=("rouge1", "rougeL"))
-        return MetricCollection(scores)
+        return scores
     classes = outputs.shape[1]
     if task == "segmentation":
         accuracy = MulticlassAccuracy(classes, average="micro")
-        return MetricCollection({"IoU": MulticlassJaccardIndex(classes), "accuracy": accuracy})
-    return MetricCollection({
+        return {"IoU": MulticlassJaccardIndex(classes), "accuracy": accuracy}
+    return {
         "accuracy": MulticlassAccuracy(classes, average="micro"),
         "precision": MulticlassPrecision(classes),
         "recall": MulticlassRecall(classes),
         "F1": MulticlassF1Score(classes),
         "AUROC": MulticlassAUROC(classes, thresholds=200),
         "calibration error": MulticlassCalibrationError(classes),
-    })
+    }
 
 
 class _TokenAccuracy(MulticlassAccuracy):

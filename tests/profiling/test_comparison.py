@@ -44,6 +44,7 @@ def test_classes(classifiers: Any) -> None:
         assert found["accuracy"] == pytest.approx(float(right.mean()))
         recalls = [float(right[labels == c].mean()) for c in range(4)]
         assert found["recall"] == pytest.approx(sum(recalls) / 4)
+        assert next(iter(found)) == "accuracy"
         assert set(found) == {"accuracy", "precision", "recall", "F1", "AUROC", "calibration error"}
         assert report[name].costs["parameters"] == sum(p.numel() for p in module.parameters())
     assert report["trained"].against_first.p_value < 0.01
