@@ -4,6 +4,7 @@ Two processes share a stack of linear layers. `IterativePruning`'s own decision 
 is compared with the plain way, which puts every weight together on each rank and takes `kthvalue`.
 """
 
+import gc
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -135,6 +136,9 @@ def work(rank: int, port: int, sizes: tuple[int, ...], repeats: int, results: An
             row = measure(name, weights, repeats)
             if rank == 0:
                 results.put(row)
+    # Modules in reference cycles hold the group; one that outlives it takes the process down at its exit.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 
