@@ -32,6 +32,7 @@ class RawSteps:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._announced.clear()
 
     def announce(self, optimizer: Optimizer) -> None:
         """Say that Lightning's hook came for the step that ``optimizer`` is about to take."""

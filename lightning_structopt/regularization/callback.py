@@ -18,6 +18,7 @@ from lightning_structopt._checks import require_choice, require_lightning, requi
 from lightning_structopt._horizon import steps_taken, training_horizon
 from lightning_structopt._release import release
 from lightning_structopt.pruning import IterativePruning
+from lightning_structopt.pruning.raw_steps import RawSteps
 from lightning_structopt.pruning.selection import Pick, as_picks, code_of, select_parameters
 from lightning_structopt.regularization.penalties import L2, Penalty, knows_steps_of, step_sizes
 from lightning_structopt.schedules import Schedule
@@ -96,8 +97,9 @@ class SparsityPenalty(Callback):
 
         self._parameters: dict[str, nn.Parameter] = {}
         self._chosen: set[int] = set()
+        self._attached = False
         self._hooks: list[RemovableHandle] = []
-        self._has_subgradient: set[int] = set()
+        self._raw_steps = RawSteps(self._add_subgradients)
         self._length = math.inf
         self._factor = 1.0
 
@@ -124,8 +126,8 @@ class SparsityPenalty(Callback):
     def on_train_batch_start(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", batch: Any, batch_idx: int
     ) -> None:
-        if not self._hooks:  # not earlier: the map is to find weights that `IterativePruning` has masked
-            self._hooks = [self._attach(optimizer) for optimizer in trainer.optimizers]
+        if not self._attached:  # not earlier: the map is to find weights that `IterativePruning` has masked
+            self._attach(trainer.optimizers)
         if self.schedule is not None:
             self._factor = self.schedule(steps_taken(trainer), self._length)
 
@@ -135,8 +137,8 @@ class SparsityPenalty(Callback):
     ) -> None:
         # After unscaling and accumulation, before clipping.
         if self.mode == "gradient":
+            self._raw_steps.announce(optimizer)
             self._add_subgradients(optimizer)
-            self._has_subgradient.add(id(optimizer))
 
     @override
     def on_train_batch_end(
@@ -187,10 +189,12 @@ class SparsityPenalty(Callback):
     def _select(self, pl_module: nn.Module) -> dict[str, nn.Parameter]:
         return select_parameters(pl_module, self.include or None, self.exclude or None)
 
-    def _attach(self, optimizer: Optimizer) -> RemovableHandle:
+    def _attach(self, optimizers: Sequence[Optimizer]) -> None:
+        self._attached = True
         if self.mode == "proximal":
-            return optimizer.register_step_post_hook(self._after_step)
-        return optimizer.register_step_pre_hook(self._before_step)
+            self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
+        else:
+            self._raw_steps.attach(optimizers)
 
     def _stepped(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], nn.Parameter]]:
         """Yield the chosen weights that ``optimizer`` moves in this step, with their parameter groups."""
@@ -214,25 +218,6 @@ class SparsityPenalty(Callback):
             sign = -1 if group.get("maximize") else 1
             assert parameter.grad is not None
             parameter.grad.add_(subgradient, alpha=sign * self._factor)
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Add the subgradients where Lightning has no hook: in the step of a raw optimizer."""
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # `args[0]` is the optimizer
-        if closure is None:
-            return self._add_missing_subgradients(optimizer)
-
-        def closure_with_penalty() -> Any:
-            loss = closure()
-            self._add_missing_subgradients(optimizer)
-            return loss
-
-        return (optimizer,), {**kwargs, "closure": closure_with_penalty}
-
-    def _add_missing_subgradients(self, optimizer: Optimizer) -> None:
-        if id(optimizer) in self._has_subgradient:
-            self._has_subgradient.discard(id(optimizer))
-        else:
-            self._add_subgradients(optimizer)
 
     @torch.no_grad()
     def _value(self) -> float:
@@ -264,7 +249,8 @@ class SparsityPenalty(Callback):
     def _let_go(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._parameters, self._chosen, self._hooks, self._has_subgradient = {}, set(), [], set()
+        self._raw_steps.detach()
+        self._parameters, self._chosen, self._hooks, self._attached = {}, set(), [], False
         self._length, self._factor = math.inf, 1.0
         release(self)
 
