@@ -9,15 +9,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put ``module`` into evaluation mode, and each of its parts back into its own afterwards."""
+def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Put ``module`` into training or evaluation mode, and each of its parts back into its own afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     try:
-        module.eval()
+        module.train(training)
         yield
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def evaluating(module: nn.Module) -> AbstractContextManager[None]:
+    """Put ``module`` into evaluation mode, and each of its parts back into its own afterwards."""
+    return in_mode(module, training=False)
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Run attention as its modules say: the fast path goes around those within, or hands them nested tensors."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
@@ -29,19 +45,16 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         for name, buffer in part._buffers.items()
         if buffer is not None
     ]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         for context in (_same_randomness(module), _uncompiled(module), _without_cudnn_for_recurrence(module)):
             stack.enter_context(context)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(evaluating(module))
+        stack.enter_context(without_fast_path())
         try:
-            # The fast path of TransformerEncoder goes around the modules within, or hands them nested tensors.
-            torch.backends.mha.set_fastpath_enabled(False)
             yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast_path)
             with torch.no_grad():
                 for part, name, buffer, value in buffers:
                     part._buffers[name] = buffer.copy_(value)

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_structopt._checks import require_choice, require_in
+from lightning_structopt._undisturbed import evaluating
 from lightning_structopt.pruning.criteria import Criterion, Evidence, Magnitude
 from lightning_structopt.pruning.distributions import PerLayer
 from lightning_structopt.pruning.masks import MaskSet
@@ -164,9 +165,7 @@ def sensitivity(
     for sparsity in tried:
         require_in("sparsities", sparsity, 0, 1, closed="neither")
     parameters = select_parameters(module, include, exclude)
-    was_training = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
+    with evaluating(module):
         baseline = _evaluate(module, loader, metric)
         found: dict[str, list[float]] = {name: [] for name in parameters}
         work = [(name, sparsity) for name in parameters for sparsity in tried]
@@ -174,9 +173,6 @@ def sensitivity(
             found[name].append(
                 _with_one_pruned(module, name, parameters[name], sparsity, criterion, loader, metric)
             )
-    finally:
-        for child, training in was_training.items():
-            child.training = training
     metrics = {name: tuple(values) for name, values in found.items()}
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     return Sensitivity(baseline, tried, metrics, sizes, mode)

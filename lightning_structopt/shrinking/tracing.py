@@ -2,14 +2,14 @@
 
 import operator
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_structopt._undisturbed import in_mode, without_fast_path
 from lightning_structopt.shrinking.labels import Labelled, LabelSpace, Layer
 from lightning_structopt.shrinking.operators import Call, Value, operator_name, place_of, sizes_of
 from lightning_structopt.shrinking.rules import rule_for
@@ -80,7 +80,7 @@ def export(
     Raises:
         ValueError: If the module can't be traced.
     """
-    with _as_traced(module, training), torch.no_grad(), warnings.catch_warnings():
+    with in_mode(module, training), without_fast_path(), torch.no_grad(), warnings.catch_warnings():
         # Recurrent layers keep a list of their weights, which they fill anew while they are traced.
         warnings.filterwarnings("ignore", message=".*were assigned during export", category=UserWarning)
         try:
@@ -93,20 +93,6 @@ def export(
                 f"{first[0] if first else ''}. Give inputs as `forward` takes them (a tuple for several), or move "
                 "the branch out of `forward`."
             ) from error
-
-
-@contextmanager
-def _as_traced(module: nn.Module, training: bool) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)  # it hides the operators within
-        module.train(training)
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for part, mode in modes:
-            part.training = mode
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
+from lightning_structopt._undisturbed import in_mode, without_fast_path
+
 TOLERANCE = 1e-5
 
 
@@ -36,18 +38,9 @@ def outputs_of(module: nn.Module, inputs: tuple[Any, ...], training: bool = Fals
     Raises:
         TypeError: If there are none.
     """
-    modes = [(part, part.training) for part in module.modules()]
-    module.train(training)
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.random.fork_rng([]), _NoChance():  # type: ignore[no-untyped-call]
-            torch.default_generator.manual_seed(0)
-            result = module(*tree_map(_copied, inputs))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for part, mode in modes:
-            part.training = mode
+    with in_mode(module, training), without_fast_path(), torch.random.fork_rng([]), _NoChance():  # type: ignore[no-untyped-call]
+        torch.default_generator.manual_seed(0)
+        result = module(*tree_map(_copied, inputs))
     outputs = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
     if not outputs:
         raise TypeError(
