@@ -7,13 +7,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_structopt"
 FILES = sorted(PACKAGE.rglob("*.py"))
+GROUND = {
+    "_checks",
+    "_devices",
+    "_horizon",
+    "_release",
+    "_undisturbed",
+}  # what even the ground floor stands on
 FLOORS = [
-    {"_checks", "_horizon", "_release", "_undisturbed", "profiling"},
+    GROUND | {"profiling"},
     {"schedules", "pruning", "sweep"},
     {"regularization", "shrinking", "distillation", "lr_decay"},
     {"growth", "cli"},
 ]
-GROUND = {"_checks", "_horizon", "_release", "_undisturbed"}  # what even the ground floor stands on
 ALONE = {"blocks", "ensembles"}  # besides the checks, they stand on nothing of ours
 MAY_IMPORT_LIGHTNING = {"callback.py", "module.py", "lr_decay.py", "cli.py"}
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     BinaryAccuracy,
@@ -28,6 +27,7 @@ from torchmetrics.text import BLEUScore, Perplexity, ROUGEScore
 from torchmetrics.utilities.imports import _NLTK_AVAILABLE
 from typing_extensions import override
 
+from lightning_structopt._devices import device_of, moved
 from lightning_structopt._undisturbed import evaluating
 
 Predict = Callable[[nn.Module, Any], tuple[Any, Any]]
@@ -88,13 +88,13 @@ def evaluate(
         TypeError: If a batch is not what ``predict`` takes.
         ValueError: If there are no batches, or no metrics are known for such outputs and targets.
     """
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    device = device_of(module)
     scored: MetricCollection | None = None
     samples: list[Tensor] = []
     task, first, order = "", None, list[str]()
     with evaluating(module):
         for batch in loader:
-            batch = tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, batch)
+            batch = moved(batch, device)
             outputs, target = predict(module, batch)
             if scored is None:
                 task, first = task_of(outputs, target), batch

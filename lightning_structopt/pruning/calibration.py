@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_structopt._checks import require_type, require_whole
+from lightning_structopt._devices import device_of, moved
 from lightning_structopt.pruning.sharding import Sharding
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -65,7 +66,7 @@ class Calibration:
             TypeError: If it is not a scalar tensor.
             ValueError: If it has no gradient.
         """
-        for batch in self._batches(_device(module)):
+        for batch in self._batches(device_of(module)):
             loss = _cross_entropy(module, batch) if self.loss is None else self.loss(module, batch)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise TypeError(f"`loss` must return a scalar tensor. Found {_shown(loss)}.")
@@ -82,7 +83,7 @@ class Calibration:
         Raises:
             TypeError: If a batch has no tensor to begin with.
         """
-        for batch in self._batches(_device(module)):
+        for batch in self._batches(device_of(module)):
             inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
             if not isinstance(inputs, Tensor):
                 raise TypeError(
@@ -96,7 +97,7 @@ class Calibration:
         found = False
         for batch in islice(batches, self.limit):
             found = True
-            yield _moved(batch, device)
+            yield moved(batch, device)
         if not found:
             raise ValueError(
                 "`batches` must hold at least one batch. Found none. A generator runs out after one scoring: "
@@ -146,20 +147,6 @@ def _cross_entropy(module: nn.Module, batch: Any) -> Tensor:
             "`loss` of the module and a batch."
         )
     return nn.functional.cross_entropy(module(batch[0]), batch[1])
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, dict):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a named tuple
-        return type(batch)(*(_moved(value, device) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_moved(value, device) for value in batch)
-    return batch.to(device) if hasattr(batch, "to") else batch
 
 
 def _shown(thing: object) -> str:

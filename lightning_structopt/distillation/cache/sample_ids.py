@@ -105,6 +105,19 @@ class WithIds(Dataset[Identified]):
                     )
 
 
+def require_repeatable(loader: Any) -> None:
+    """Raise if samples that ``loader`` draws twice aren't the same; of data sets without numbers nothing is known.
+
+    Raises:
+        ValueError: If one differs from itself.
+    """
+    dataset = getattr(loader, "dataset", None)
+    while dataset is not None and not isinstance(dataset, WithIds):
+        dataset = getattr(dataset, "dataset", None)  # of a subset
+    if dataset is not None:
+        dataset.require_repeatable()
+
+
 REMEDY = (
     "Give `WithIds(dataset, seed=0)`, so that each sample is always augmented alike, turn augmentation off, or do "
     "without a cache."

@@ -20,7 +20,7 @@ from lightning_structopt.distillation.cache.store import Store
 
 Forward = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
 _NOISE = 5e-3  # of a teacher that computes in float32, maybe by TF32: other batch sizes take other kernels
-_NOISE_OF_HALF = 5e-2  # of one in half precision, whose rounding adds up from layer to layer
+NOISE_OF_HALF = 5e-2  # of one in half precision, whose rounding adds up from layer to layer
 
 
 class TeacherCache:
@@ -233,7 +233,7 @@ class TeacherCache:
         return Rounded(self.dtype)
 
     def _tolerance(self, live: Tensor) -> float:
-        noise = _NOISE_OF_HALF if live.dtype in {torch.float16, torch.bfloat16} else _NOISE
+        noise = NOISE_OF_HALF if live.dtype in {torch.float16, torch.bfloat16} else _NOISE
         return max(4 * torch.finfo(self.dtype).eps, noise)
 
 

@@ -8,11 +8,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt.distillation.cache.fingerprint import fingerprint
-from lightning_structopt.distillation.cache.sample_ids import WithIds
-from lightning_structopt.distillation.cache.teacher_cache import TeacherCache
+from lightning_structopt.distillation.cache.sample_ids import require_repeatable
+from lightning_structopt.distillation.cache.teacher_cache import NOISE_OF_HALF, TeacherCache
 from lightning_structopt.distillation.teachers.frozen import FrozenTeacher, Precision
-
-_HALF = 5e-2  # how far half precision may be off between batches of other sizes, relative to the output
 
 
 class RememberingTeacher(FrozenTeacher):
@@ -53,11 +51,7 @@ class RememberingTeacher(FrozenTeacher):
 
     @override
     def require_data(self, loader: Any) -> None:
-        dataset = getattr(loader, "dataset", None)
-        while dataset is not None and not isinstance(dataset, WithIds):
-            dataset = getattr(dataset, "dataset", None)  # of a subset
-        if dataset is not None:
-            dataset.require_repeatable()
+        require_repeatable(loader)
 
     @override
     def __call__(self, batch: Any, batch_idx: int, ids: Tensor | None = None) -> dict[str, Tensor]:
@@ -77,5 +71,5 @@ class RememberingTeacher(FrozenTeacher):
             self.cache.put(ids, live)
             return live
         exact = all(output.dtype in {torch.float32, torch.float64} for output in live.values())
-        self.cache.check(ids, live, None if exact else _HALF)
+        self.cache.check(ids, live, None if exact else NOISE_OF_HALF)
         return {place: known[place] for place in self.taps.names}
