@@ -3,29 +3,10 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from lightning_structopt.shrinking.labels import Labelled, LabelSpace, Layer, merge
 from lightning_structopt.shrinking.operators import Call, Value
-
-
-def either_zero(zeros: list[Tensor | None]) -> Tensor | None:
-    """Return where a product is zero: where any factor is."""
-    result = None
-    for zero in zeros:
-        if zero is not None:
-            result = zero if result is None else result | zero
-    return result
-
-
-def both_zero(zeros: list[Tensor | None]) -> Tensor | None:
-    """Return where a sum is zero: where all its terms are."""
-    result = None
-    for zero in zeros:
-        if zero is None:
-            return None
-        result = zero if result is None else result & zero
-    return result
+from lightning_structopt.shrinking.zeros import both_zero, either_zero
 
 
 def contract(space: LabelSpace, left: Labelled, right: Labelled, equation: str, why: str) -> Labelled:
@@ -110,16 +91,18 @@ def add_bias(call: Call, result: Labelled, dim: int) -> Labelled:
     """Add the bias, if there is one, along ``dim``."""
     if not call.given("bias"):
         return result
-    bias = call.tensor("bias")
-    shape = tuple(bias.shape[0] if axis == dim else 1 for axis in range(result.ndim))
-    placed = Labelled(
-        shape, tuple(layer.reshaped(*_one_dim(layer, result.ndim, dim)) for layer in bias.layers)
-    )
+    placed = along(call.tensor("bias"), result.ndim, dim)
     return merge(call.space, [result, placed], result.shape, both_zero, call.why)
 
 
-def _one_dim(layer: Layer, ndim: int, dim: int) -> list[int]:
-    return [layer.labels.numel() if axis == dim else 1 for axis in range(ndim)]
+def along(vector: Labelled, ndim: int, dim: int) -> Labelled:
+    """Return a vector as a tensor of ``ndim`` dimensions that extends along ``dim`` alone."""
+
+    def shape(size: int) -> list[int]:
+        return [size if axis == dim else 1 for axis in range(ndim)]
+
+    layers = (layer.reshaped(*shape(layer.labels.numel())) for layer in vector.layers)
+    return Labelled(tuple(shape(vector.shape[0] if vector.shape else 1)), tuple(layers))
 
 
 def matmul(call: Call) -> Value:

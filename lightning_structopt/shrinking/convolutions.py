@@ -1,8 +1,9 @@
 """Convolutions, whole, grouped, depthwise and transposed."""
 
-from lightning_structopt.shrinking.contraction import add_bias, collapse_all, contract, either_zero
+from lightning_structopt.shrinking.contraction import add_bias, collapse_all, contract
 from lightning_structopt.shrinking.labels import Labelled, Layer, merge
 from lightning_structopt.shrinking.operators import Call, Value
+from lightning_structopt.shrinking.zeros import either_zero
 
 
 def convolution(call: Call) -> Value:

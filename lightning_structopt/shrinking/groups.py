@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_structopt.shrinking.labels import Labelled, LabelSpace, Layer
+from lightning_structopt.shrinking.labels import LabelSpace, Layer
+from lightning_structopt.shrinking.operators import parts_of
 from lightning_structopt.shrinking.tracing import Origin, Trace
 
 Slot = tuple[str, int]  # the name of a parameter or buffer, and one of its dimensions
@@ -131,8 +132,7 @@ def _spread_out(traces: Sequence[Trace]) -> list[Layer]:
     found: dict[int, Layer] = {}
     for trace in traces:
         for value in trace.values.values():
-            for part in value if isinstance(value, tuple) else (value,):
-                assert isinstance(part, Labelled)
+            for part in parts_of(value):
                 found |= {id(layer.labels): layer for layer in part.layers if len(layer.dims) > 1}
     return list(found.values())
 

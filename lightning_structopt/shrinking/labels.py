@@ -1,12 +1,13 @@
 """What a tensor's dimensions stand for: labels that travel through the graph instead of numbers."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_structopt.shrinking.components import connected_components
+from lightning_structopt.shrinking.zeros import ZeroRule, either_zero
 
 FIXED = 0  # the label of what can't be removed
 
@@ -79,9 +80,8 @@ class LabelSpace:
     def __init__(self) -> None:
         self.size = 1
         self.notes: list[tuple[str, Tensor]] = []  # why, and which labels can't go
-        self.directions: list[
-            Tensor
-        ] = []  # labels of what is divided by its own length, so that zeros are no use
+        # Labels of what is divided by its own length, so that zeros are no use.
+        self.directions: list[Tensor] = []
         self._edges: list[Tensor] = []
         self._buffers: list[Tensor] = []
         self._normalized: list[Tensor] = []
@@ -170,7 +170,7 @@ def merge(
     space: LabelSpace,
     values: Sequence[Labelled],
     shape: tuple[int, ...],
-    zero_of: Callable[[list[Tensor | None]], Tensor | None],
+    zero_of: ZeroRule,
     why: str,
 ) -> Labelled:
     """Put the layers of tensors together that are combined element by element.
@@ -208,7 +208,7 @@ def merge(
         whole = space.collapse(finest, data, why)
         if whole is None:
             continue
-        zero = zero_of([_any_zero(mine) for mine in chosen])
+        zero = zero_of([either_zero([layer.zero for layer in mine]) for mine in chosen])
         layers.append(_with_zero(whole.labels, zero))
     return Labelled(shape, tuple(layers))
 
@@ -236,13 +236,6 @@ def _overlapping(sets: Iterable[Sequence[int]]) -> list[set[int]]:
         linked = [each for each in unions if each & dims]
         unions = [each for each in unions if not each & dims] + [dims.union(*linked)]
     return [each for each in unions if each]
-
-
-def _any_zero(layers: Sequence[Layer]) -> Tensor | None:
-    zero = None
-    for layer in layers:
-        zero = layer.zero if zero is None else zero | layer.zero
-    return zero
 
 
 def _with_zero(labels: Tensor, zero: Tensor | None) -> Layer:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, fx
 
 from lightning_structopt.shrinking.labels import Labelled
-from lightning_structopt.shrinking.operators import Value, arguments_of, concrete, operator_name, place_of
+from lightning_structopt.shrinking.operators import (
+    Value,
+    arguments_of,
+    concrete,
+    operator_name,
+    parts_of,
+    place_of,
+)
 from lightning_structopt.shrinking.tracing import Trace
 
 _SHAPES = {"view": "size", "_unsafe_view": "size", "reshape": "shape", "expand": "size"}
@@ -79,8 +86,7 @@ class Sizes:
 
     def all_of(self, node: fx.Node) -> tuple[Labelled, ...]:
         """Return the labels of all tensors that a node stands for."""
-        value = self._values[node]
-        return value if isinstance(value, tuple) else (value,)
+        return parts_of(self._values[node])
 
 
 def changed_literals(trace: Trace, kept: Tensor) -> list[Literal]:

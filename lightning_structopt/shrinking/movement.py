@@ -7,18 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_structopt.shrinking.contraction import collapse_all
 from lightning_structopt.shrinking.labels import Labelled, Layer, compact, merge
 from lightning_structopt.shrinking.operators import Call, Value
+from lightning_structopt.shrinking.zeros import both_zero
 
 # These run on labels as they are, in full size (which `expand` makes cheap).
 MOVES = {
     "_unsafe_view",
-    "alias",
     "as_strided",
     "channel_shuffle",
-    "clone",
-    "contiguous",
-    "detach",
     "diagonal",
     "expand",
     "expand_as",
@@ -64,10 +62,7 @@ def move(call: Call) -> Value:
         return Labelled(call.shape, _moved(source, lambda full: full.expand(call.shape)))
     if call.name == "im2col":  # which has no kernel for whole numbers
         return Labelled(call.shape, _moved(source, lambda full: _itself(call)(full.double()).long()))
-    if call.name in {
-        "view",
-        "_unsafe_view",
-    }:  # of a copy where strides don't allow a view, as labels are expanded
+    if call.name in {"view", "_unsafe_view"}:  # of a copy where strides allow no view: labels are expanded
         if "size" not in call.arguments:
             return call.fix_all()  # which looks at bytes as another type
         return Labelled(call.shape, _moved(source, lambda full: full.reshape(call.shape)))
@@ -128,9 +123,8 @@ def _alike(call: Call, source: Labelled, dim: int, size: int) -> Labelled:
 def take(call: Call) -> Value:
     """``select`` and ``unbind``: all slices must stay, so each must keep the same."""
     source, dim = call.tensor("self"), call.dim()
-    layers = (call.space.collapse(layer, [dim], call.why) for layer in source.layers)
     rest = [axis for axis in range(source.ndim) if axis != dim]
-    moved = tuple(layer.moved(rest) for layer in layers if layer is not None)
+    moved = tuple(layer.moved(rest) for layer in collapse_all(call, source, [dim]).layers)
     if call.name == "unbind":
         return tuple(Labelled(shape, moved) for shape in call.shapes)
     return Labelled(call.shape, moved)
@@ -140,8 +134,7 @@ def cut(call: Call) -> Value:
     """``slice``: ends are counted anew, so a step is not possible where labels differ."""
     source, dim = call.tensor("self"), call.dim()
     if call.plain(call.arguments["step"]) != 1:
-        kept = (call.space.collapse(layer, [dim], call.why) for layer in source.layers)
-        source = Labelled(source.shape, tuple(layer for layer in kept if layer is not None))
+        source = collapse_all(call, source, [dim])
     result = Labelled(call.shape, _moved(source, _itself(call)))
     return _not_alone(call, source, result, dim)
 
@@ -159,11 +152,10 @@ def _not_alone(call: Call, source: Labelled, part: Labelled, dim: int) -> Labell
 def concatenate(call: Call) -> Value:
     """``cat`` and ``stack``: labels one after the other, and tied across."""
     parts = [each for each in map(call.of, call.arguments["tensors"]) if isinstance(each, Labelled)]
+    dim = call.dim(ndim=len(call.shape))
     if call.name == "stack":
-        dim = call.dim(ndim=len(call.shape))
         parts = [_unsqueezed(part, dim) for part in parts]
     else:
-        dim = call.dim(ndim=len(call.shape))
         parts = [part for part in parts if part.shape != (0,)]  # which `cat` allows for old times' sake
     crossing = _joined(call, parts, dim)
     others = [
@@ -173,7 +165,7 @@ def concatenate(call: Call) -> Value:
         )
         for part in parts
     ]
-    across = merge(call.space, others, call.shape, _all_zero, call.why)
+    across = merge(call.space, others, call.shape, both_zero, call.why)
     return Labelled(call.shape, crossing + across.layers)
 
 
@@ -206,15 +198,6 @@ def _joined(call: Call, parts: list[Labelled], dim: int) -> tuple[Layer, ...]:
         torch.cat([each.expand(size) for each, size in zip(zero, sized, strict=True)], dim),
     )
     return () if joined is None else (joined,)
-
-
-def _all_zero(zeros: list[Tensor | None]) -> Tensor | None:
-    result = None
-    for zero in zeros:
-        if zero is None:
-            return None
-        result = zero if result is None else result & zero
-    return result
 
 
 def repeat_interleave(call: Call) -> Value:
@@ -257,11 +240,10 @@ def index(call: Call) -> Value:
     if all(known[dim] is not None for dim in dims):
         picks = tuple(slice(None) if each is None else each for each in known)
         return Labelled(call.shape, _moved(source, lambda full: full[picks]))
-    kept = [call.space.collapse(layer, dims, call.why) for layer in source.layers]
+    whole = collapse_all(call, source, dims)
     zeros = tuple(None if each is None else torch.zeros(_indexed(call), dtype=torch.int64) for each in where)
     picks = tuple(slice(None) if each is None else each for each in zeros)
-    rest = tuple(layer for layer in kept if layer is not None)
-    return Labelled(call.shape, _moved(Labelled(source.shape, rest), lambda full: full[picks]))
+    return Labelled(call.shape, _moved(whole, lambda full: full[picks]))
 
 
 def _indexed(call: Call) -> tuple[int, ...]:

@@ -1,10 +1,13 @@
 """Normalizations: scale, shift and statistics go with the dimension that they belong to."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from lightning_structopt.shrinking.contraction import collapse_all, either_zero, unknown
+from lightning_structopt.shrinking.contraction import along, collapse_all, unknown
 from lightning_structopt.shrinking.labels import Labelled, merge
 from lightning_structopt.shrinking.operators import Call, Value
+from lightning_structopt.shrinking.zeros import both_zero, either_zero, nowhere
 
 
 def batch_norm(call: Call) -> Value:
@@ -12,42 +15,27 @@ def batch_norm(call: Call) -> Value:
     source = call.tensor("input" if "input" in call.arguments else "self")
     source = collapse_all(call, source, [dim for dim in range(source.ndim) if dim != 1])
     names = ("weight", "bias", "running_mean", "running_var")
-    vectors = {name: _along(call, name, source.ndim, 1) for name in names if call.given(name)}
+    vectors = {name: along(call.tensor(name), source.ndim, 1) for name in names if call.given(name)}
     return _per_element(call, source, vectors)
-
-
-def _along(call: Call, name: str, ndim: int, dim: int) -> Labelled:
-    vector = call.tensor(name)
-    shape = [vector.shape[0] if axis == dim else 1 for axis in range(ndim)]
-    # One layer of labels fits as it is; of others there are none in one dimension.
-    return Labelled(tuple(shape), tuple(layer.reshaped(*shape) for layer in vector.layers))
 
 
 def _per_element(call: Call, source: Labelled, vectors: dict[str, Labelled]) -> Labelled:
     """Combine channels with what belongs to each."""
     order = list(vectors)
 
-    def zero_of(zeros: list[Tensor | None]) -> Tensor | None:
+    def zero_of(zeros: Sequence[Tensor | None]) -> Tensor | None:
         # scale * (x - mean) / deviation + shift, which is zero with the scale and the shift, or with all but
         # the scale.
         known = dict(zip(["source", *order], zeros, strict=True))
         shift = known.get("bias")
         if "bias" in vectors and shift is None:
             return None
-        products = [known[name] for name in ("weight",) if known.get(name) is not None]
-        centred = [known["source"], *([known["running_mean"]] if "running_mean" in vectors else [])]
-        if all(each is not None for each in centred):
-            both = centred[0]
-            for each in centred[1:]:
-                assert both is not None
-                assert each is not None
-                both = both & each
-            products.append(both)
-        result = None
-        for each in products:
-            assert each is not None
-            result = each if result is None else result | each
-        return result if result is None or shift is None else result & shift
+        centred = both_zero([
+            known["source"],
+            *([known["running_mean"]] if "running_mean" in vectors else []),
+        ])
+        result = either_zero([known.get("weight"), centred])
+        return result if shift is None else both_zero([result, shift])
 
     return merge(call.space, [source, *vectors.values()], call.shape, zero_of, call.why)
 
@@ -68,13 +56,9 @@ def layer_norm(call: Call) -> Value:
         call.space.mark_normalized(layer.labels)
         layers.append(layer)
     result = merge(
-        call.space, [Labelled(source.shape, tuple(layers)), *vectors], call.shape, _nowhere, call.why
+        call.space, [Labelled(source.shape, tuple(layers)), *vectors], call.shape, nowhere, call.why
     )
     return unknown(result)
-
-
-def _nowhere(zeros: list[Tensor | None]) -> Tensor | None:
-    return None
 
 
 def group_norm(call: Call) -> Value:
@@ -89,8 +73,8 @@ def group_norm(call: Call) -> Value:
             members = layer.labels.reshape(groups, -1)
             call.space.tie(members, members[:, :1])
     names = [name for name in ("weight", "bias") if call.given(name)]
-    vectors = [_along(call, name, source.ndim, 1) for name in names]
-    return merge(call.space, [source, *vectors], call.shape, _nowhere, call.why)
+    vectors = [along(call.tensor(name), source.ndim, 1) for name in names]
+    return merge(call.space, [source, *vectors], call.shape, nowhere, call.why)
 
 
 def weight_norm(call: Call) -> Value:

@@ -6,9 +6,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx
 
-from lightning_structopt.shrinking.labels import Labelled, LabelSpace
+from lightning_structopt.shrinking.labels import Labelled, LabelSpace, Layer
 
 Value: TypeAlias = "Labelled | tuple[Labelled, ...]"
+
+
+def parts_of(value: Value) -> tuple[Labelled, ...]:
+    """Return all tensors that a node stands for."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 def operator_name(node: fx.Node) -> str:
@@ -109,8 +114,7 @@ class Call:
         """Return all tensors among the arguments."""
         found: list[Labelled] = []
         for node in self.node.all_input_nodes:
-            value = self._values.get(node, Labelled(()))
-            found.extend(value if isinstance(value, tuple) else [value])
+            found.extend(parts_of(self._values.get(node, Labelled(()))))
         return found
 
     def plain(self, argument: Any) -> Any:
@@ -141,9 +145,11 @@ class Call:
                 self.space.fix(layer.labels, why or self.why)
         return self.without_labels()
 
+    def results(self, layers: tuple[Layer, ...]) -> Value:
+        """Return as many results as there are, each with these layers."""
+        results = tuple(Labelled(shape, layers) for shape in self.shapes)
+        return results if isinstance(self.node.meta["val"], (tuple, list)) else results[0]
+
     def without_labels(self) -> Value:
         """Return results that are plain data."""
-        result = self.node.meta["val"]
-        if isinstance(result, (tuple, list)):
-            return tuple(Labelled(shape) for shape in self.shapes)
-        return Labelled(self.shape) if isinstance(result, Tensor) else Labelled(())
+        return self.results(())

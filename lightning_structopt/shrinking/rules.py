@@ -7,11 +7,10 @@ from torch import Tensor, fx
 
 from lightning_structopt.shrinking import movement
 from lightning_structopt.shrinking.contraction import (
+    along,
     attention,
-    both_zero,
     collapse_all,
     einsum,
-    either_zero,
     linear,
     matmul,
     matmul_and_add,
@@ -20,8 +19,9 @@ from lightning_structopt.shrinking.contraction import (
 from lightning_structopt.shrinking.convolutions import convolution
 from lightning_structopt.shrinking.labels import Labelled, merge
 from lightning_structopt.shrinking.norms import batch_norm, group_norm, instance_norm, layer_norm, weight_norm
-from lightning_structopt.shrinking.operators import Call, Value
+from lightning_structopt.shrinking.operators import Call, Value, operator_name
 from lightning_structopt.shrinking.recurrence import recurrent
+from lightning_structopt.shrinking.zeros import ZeroRule, both_zero, either_zero, nowhere
 
 Rule = Callable[[Call], Value]
 
@@ -31,23 +31,19 @@ def elementwise(call: Call) -> Value:
     return merge(call.space, call.tensors(), call.shape, _zero_rule(call.node), call.why)
 
 
-def _zero_rule(node: fx.Node) -> Callable[[list[Tensor | None]], Tensor | None]:
+def _zero_rule(node: fx.Node) -> ZeroRule:
     """Return how zeros of the arguments make zeros of the result."""
-    name = str(node.target).split(".")[1].rstrip("_")
+    name = operator_name(node)
     tensors = [each for each in node.all_input_nodes if isinstance(each.meta.get("val"), Tensor)]
     if len(tensors) == 1:
-        return both_zero if _keeps_zero(node) else _nowhere
+        return both_zero if _keeps_zero(node) else nowhere
     if name == "mul":
         return either_zero
     if name in {"add", "sub", "maximum", "minimum"}:
         return both_zero
     if name == "div":
         return lambda zeros: zeros[0]
-    return _nowhere
-
-
-def _nowhere(zeros: list[Tensor | None]) -> Tensor | None:
-    return None
+    return nowhere
 
 
 def _keeps_zero(node: fx.Node) -> bool:
@@ -62,11 +58,9 @@ def _keeps_zero(node: fx.Node) -> bool:
 def per_channel_slope(call: Call) -> Value:
     """``prelu``: a slope for each channel, or one for all."""
     source, weight = call.tensor("self"), call.tensor("weight")
-    shape = [1] * source.ndim
-    if weight.shape and weight.shape[0] > 1:
-        shape[1] = weight.shape[0]
-    slope = Labelled(tuple(shape), tuple(layer.reshaped(*shape) for layer in weight.layers))
-    return merge(call.space, [source, slope], call.shape, lambda zeros: zeros[0], call.why)
+    return merge(
+        call.space, [source, along(weight, source.ndim, 1)], call.shape, lambda zeros: zeros[0], call.why
+    )
 
 
 def pooling(call: Call) -> Value:
@@ -76,8 +70,7 @@ def pooling(call: Call) -> Value:
     source = collapse_all(call, source, range(source.ndim - places, source.ndim))
     if "max" not in call.name and "avg" not in call.name:
         source = unknown(source)
-    results = [Labelled(shape, source.layers) for shape in call.shapes]
-    return tuple(results) if isinstance(call.node.meta["val"], (tuple, list)) else results[0]
+    return call.results(source.layers)
 
 
 def _places(name: str) -> int:
@@ -96,8 +89,7 @@ def reduction(call: Call) -> Value:
         layers = tuple(layer.moved(rest) for layer in whole.layers)
     else:
         layers = whole.layers
-    results = [Labelled(shape, layers) for shape in call.shapes]
-    return tuple(results) if isinstance(call.node.meta["val"], (tuple, list)) else results[0]
+    return call.results(layers)
 
 
 _AVERAGES = {"mean", "var", "std", "linalg_vector_norm", "norm"}

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, fx
 
 from lightning_structopt.shrinking.groups import ChannelGroup
-from lightning_structopt.shrinking.labels import Labelled, Layer
+from lightning_structopt.shrinking.labels import Layer
 from lightning_structopt.shrinking.literals import changed_literals
+from lightning_structopt.shrinking.operators import parts_of
 from lightning_structopt.shrinking.structure import Structure
 from lightning_structopt.shrinking.trial import Trial, kept_indices
 
@@ -52,5 +53,4 @@ def _touched(structure: Structure, kept: Tensor, failed: list[str]) -> Tensor:
 
 
 def _layers(structure: Structure, node: fx.Node) -> list[Layer]:
-    value = structure.traced.values[node]
-    return [layer for part in ((value,) if isinstance(value, Labelled) else value) for layer in part.layers]
+    return [layer for part in parts_of(structure.traced.values[node]) for layer in part.layers]

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from lightning_structopt._undisturbed import in_mode, without_fast_path
 from lightning_structopt.shrinking.labels import Labelled, LabelSpace, Layer
-from lightning_structopt.shrinking.operators import Call, Value, operator_name, place_of, sizes_of
+from lightning_structopt.shrinking.operators import Call, Value, operator_name, parts_of, place_of, sizes_of
 from lightning_structopt.shrinking.rules import rule_for
 
 
@@ -195,8 +195,7 @@ class _Walk:
     def _output(self, node: fx.Node) -> Value:
         user_outputs = set(self.program.graph_signature.user_outputs)
         for each in node.all_input_nodes:
-            value = self.values[each]
-            for part in value if isinstance(value, tuple) else (value,):
+            for part in parts_of(self.values[each]):
                 for layer in part.layers if each.name in user_outputs else ():
                     self.space.fix(layer.labels, "the output")
         return Labelled(())
@@ -216,8 +215,7 @@ class _Walk:
     def _strange(self, node: fx.Node) -> Value:
         """Keep what enters something that is no ATen operator; arithmetic on sizes is none of our concern."""
         for each in node.all_input_nodes:
-            value = self.values[each]
-            for part in value if isinstance(value, tuple) else (value,):
+            for part in parts_of(self.values[each]):
                 for layer in part.layers:
                     self.unknown.setdefault(operator_name(node), place_of(node))
                     self.space.fix(layer.labels, f"`{operator_name(node)}`, an operator without a rule")
