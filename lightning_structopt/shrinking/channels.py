@@ -125,12 +125,10 @@ def _chosen(structure: Structure, groups: list[ChannelGroup], target: Target, or
     Raises:
         ValueError: If it can't be.
     """
-    measure, classes = target.cost(structure, groups), structure.found.classes
+    measure = target.cost(structure, groups)
 
     def cost(dropped: Tensor) -> int:
-        keep = torch.ones(structure.traced.space.size, dtype=torch.bool)
-        keep[dropped] = False
-        return measure(keep[classes])
+        return measure(structure.kept_without(dropped))
 
     whole = cost(torch.empty(0, dtype=torch.int64))
     least = cost(order.dropped(len(order.sequence)))

@@ -1,5 +1,6 @@
 """Which members of the groups go, so that a target is met."""
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -26,8 +27,11 @@ def importance(module: nn.Module, groups: Sequence[ChannelGroup], criterion: Cri
         criterion: How important a weight is.
     """
     named = dict(module.named_parameters())
-    chosen = {name for group in groups for name, _ in group.slots if name in named and named[name].ndim > 1}
-    parameters = {name: named[name] for name in named if name in chosen}
+    dims: dict[str, set[int]] = defaultdict(set)
+    for group in groups:
+        for name, dim in group.slots:
+            dims[name].add(dim)
+    parameters = {name: each for name, each in named.items() if name in dims and each.ndim > 1}
     if not parameters:
         return [torch.zeros(group.size) for group in groups]
     criterion.require(module, parameters)
@@ -36,7 +40,7 @@ def importance(module: nn.Module, groups: Sequence[ChannelGroup], criterion: Cri
     sums: dict[tuple[str, int], Tensor] = {}
     for name in parameters:
         dense = scores.dense(name)
-        for dim in {dim for group in groups for slot, dim in group.slots if slot == name}:
+        for dim in dims[name]:
             sums[name, dim] = dense.transpose(0, dim).flatten(1).sum(1).cpu()
     return [_member_sums(group, sums) for group in groups]
 

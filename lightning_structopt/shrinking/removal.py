@@ -31,9 +31,7 @@ def remove(structure: Structure, dropped: Tensor, changes_outputs: bool = False)
         ValueError: If outputs would differ.
     """
     module, traced = structure.module, structure.traced
-    keep = torch.ones(traced.space.size, dtype=torch.bool)
-    keep[dropped] = False
-    kept = keep[structure.found.classes]
+    kept = structure.kept_without(dropped)
     lists = kept_indices(traced, kept)
     shapes = {name: list(tensor.shape) for name, tensor in tensors_of(module).items() if name in lists}
     masked = copy.deepcopy(module)
@@ -52,7 +50,7 @@ def remove(structure: Structure, dropped: Tensor, changes_outputs: bool = False)
             stacklevel=4,
         )
         small = smaller_graph(module, structure.inputs, lists)
-    return _report(structure, small, plan, keep, trial.checked(small))
+    return _report(structure, small, plan, kept, trial.checked(small))
 
 
 def _dropped_indices(structure: Structure, kept: Tensor) -> dict[str, dict[int, Tensor]]:
@@ -70,16 +68,16 @@ def _dropped_indices(structure: Structure, kept: Tensor) -> dict[str, dict[int, 
 
 
 def _report(
-    structure: Structure, small: nn.Module, plan: ShrinkPlan, keep: Tensor, gap: float
+    structure: Structure, small: nn.Module, plan: ShrinkPlan, kept: Tensor, gap: float
 ) -> ShrinkReport:
     count = tuple(sum(each.numel() for each in m.parameters()) for m in (structure.module, small))
     flops = flop_count(structure.traced)
-    left = {group.name: (group.size, int(keep[group.classes].sum())) for group in structure.found.groups}
+    left = {group.name: (group.size, int(kept[group.classes].sum())) for group in structure.found.groups}
     return ShrinkReport(
         module=small,
         plan=plan,
         parameters=(count[0], count[1]),
-        flops=(flops(torch.ones_like(keep)), flops(keep[structure.found.classes])),
+        flops=(flops(torch.ones_like(kept)), flops(kept)),
         removed={name: (size, now) for name, (size, now) in left.items() if now < size},
         kept=_reasons(structure.traced, structure.found),
         unknown=structure.traced.unknown,

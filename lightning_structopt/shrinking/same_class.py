@@ -22,9 +22,8 @@ def without_hard_coded(structure: Structure, groups: list[ChannelGroup]) -> list
         groups: The groups to choose from.
     """
     while groups:
-        keep = torch.ones(structure.traced.space.size, dtype=torch.bool)
-        keep[torch.cat([group.classes[(group.size + 1) // 2 :] for group in groups])] = False
-        kept = keep[structure.found.classes]
+        half = torch.cat([group.classes[(group.size + 1) // 2 :] for group in groups])
+        kept = structure.kept_without(half)
         trial = Trial(structure, None, kept_indices(structure.traced, kept), changes_outputs=True)
         if trial.choose(kept) is not None:
             break

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_structopt._checks import require_type
 from lightning_structopt.shrinking.groups import ChannelGroup, Groups, find_groups
@@ -27,6 +28,12 @@ class Structure:
     inputs: tuple[Any, ...]
     traced: Trace
     found: Groups
+
+    def kept_without(self, dropped: Tensor) -> Tensor:
+        """Return for each label whether it is kept when these classes are gone."""
+        classes = torch.ones(self.traced.space.size, dtype=torch.bool)
+        classes[dropped] = False
+        return classes[self.found.classes]
 
     def groups(self, include_normalized: bool) -> list[ChannelGroup]:
         """Return the groups to choose from."""

@@ -13,9 +13,19 @@ from lightning_structopt.shrinking.structure import Structure
 
 
 class Target(ABC):
-    """A cost, and the fraction of it to keep."""
+    """A cost, and the fraction of it to keep.
+
+    Args:
+        keep: In (0, 1].
+
+    Raises:
+        ValueError: If ``keep`` is out of range.
+    """
 
     keep: float
+
+    def __post_init__(self) -> None:
+        require_in("keep", self.keep, 0, 1, closed="right")
 
     @abstractmethod
     def cost(self, structure: Structure, groups: list[ChannelGroup]) -> Cost:
@@ -42,9 +52,6 @@ class ChannelRatio(Target):
 
     keep: float
 
-    def __post_init__(self) -> None:
-        require_in("keep", self.keep, 0, 1, closed="right")
-
     @override
     def cost(self, structure: Structure, groups: list[ChannelGroup]) -> Cost:
         def count(kept: Tensor) -> int:
@@ -66,9 +73,6 @@ class Parameters(Target):
 
     keep: float
 
-    def __post_init__(self) -> None:
-        require_in("keep", self.keep, 0, 1, closed="right")
-
     @override
     def cost(self, structure: Structure, groups: list[ChannelGroup]) -> Cost:
         return parameter_count(structure.module, structure.traced)
@@ -89,9 +93,6 @@ class FLOPs(Target):
     """
 
     keep: float
-
-    def __post_init__(self) -> None:
-        require_in("keep", self.keep, 0, 1, closed="right")
 
     @override
     def cost(self, structure: Structure, groups: list[ChannelGroup]) -> Cost:
