@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt.pruning.criteria import NOTHING, Criterion, Evidence, Scores, widened
+from lightning_structopt.pruning.outputs import TRANSPOSED, outputs_first
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _DISTANCES = 2**24  # how many are computed at once
 
@@ -137,16 +137,14 @@ def _owner(module: nn.Module, name: str) -> tuple[str, nn.Module]:
 
 def _filters(weight: Tensor, layer: nn.Module | None) -> Tensor:
     """Return one row for each output of ``layer``."""
-    if isinstance(layer, _TRANSPOSED):  # (inputs, outputs / groups, kernel), group after group of inputs
-        grouped = weight.reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2)
-        return grouped.flatten(0, 1).flatten(1)
-    return weight.flatten(1)
+    rows = outputs_first(weight, layer.groups) if isinstance(layer, TRANSPOSED) else weight
+    return rows.flatten(1)
 
 
 def _spread(scores: Tensor, weight: Tensor, layer: nn.Module | None) -> Tensor:
     """Give every weight the score of its output, without a copy where outputs are rows."""
     kernel = [1] * (weight.ndim - 2)
-    if isinstance(layer, _TRANSPOSED):
+    if isinstance(layer, TRANSPOSED):
         per_group = scores.view(layer.groups, -1)
         inputs = len(weight) // layer.groups
         return per_group.repeat_interleave(inputs, 0).view(len(weight), -1, *kernel).expand(weight.shape)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_structopt.pruning.sharding import Sharding
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Outputs:
             ValueError: If a weight of a transposed convolution is sharded, as its outputs are then on all ranks.
         """
         layers = {name: module.get_submodule(name.rpartition(".")[0]) for name in names}
-        groups = {name: layer.groups for name, layer in layers.items() if isinstance(layer, _TRANSPOSED)}
+        groups = {name: layer.groups for name, layer in layers.items() if isinstance(layer, TRANSPOSED)}
         for name in Sharding.of(names).sharded:
             if name in groups:
                 raise ValueError(
@@ -53,8 +53,7 @@ class Outputs:
         """Return ``weight`` as (outputs, inputs / groups, *kernel); itself if it is so already."""
         if name not in self.groups:
             return weight
-        grouped = weight.reshape(self.groups[name], -1, *weight.shape[1:])
-        return grouped.transpose(1, 2).flatten(0, 1)
+        return outputs_first(weight, self.groups[name])
 
     def back(self, name: str, rows: Tensor) -> Tensor:
         """Return what :meth:`first` returned in the shape that the layer has it in."""
@@ -62,3 +61,9 @@ class Outputs:
             return rows
         grouped = rows.reshape(self.groups[name], -1, *rows.shape[1:])
         return grouped.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def outputs_first(weight: Tensor, groups: int) -> Tensor:
+    """Return the weight of a transposed convolution as (outputs, inputs / groups, *kernel)."""
+    grouped = weight.reshape(groups, -1, *weight.shape[1:])
+    return grouped.transpose(1, 2).flatten(0, 1)

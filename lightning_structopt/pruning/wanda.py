@@ -14,11 +14,11 @@ from typing_extensions import override
 from lightning_structopt._undisturbed import compiled_parts, undisturbed
 from lightning_structopt.pruning.calibration import Calibration, require_calibration_type, require_unsharded
 from lightning_structopt.pruning.criteria import NOTHING, Criterion, Evidence, Scores, widened
+from lightning_structopt.pruning.outputs import TRANSPOSED
 from lightning_structopt.pruning.sharding import Sharding
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_SHOW_INPUTS = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS, *_TRANSPOSED)
+_SHOW_INPUTS = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS, *TRANSPOSED)
 _KERNEL_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 Sink = Callable[[str, Tensor], None]
@@ -150,7 +150,7 @@ def squared_inputs(layer: nn.Module, inputs: list[Tensor]) -> Tensor:
     """Return the sum of squares, over samples and positions, of what each weight of ``layer`` multiplies."""
     if isinstance(layer, _CONVOLUTIONS):
         return _squares_under_kernel(layer, inputs[0])
-    if isinstance(layer, _TRANSPOSED):
+    if isinstance(layer, TRANSPOSED):
         places = len(layer.kernel_size)
         squares = inputs[0].square().flatten(-places).sum(-1)
         return squares.reshape(-1, layer.in_channels).sum(0).view(-1, *[1] * (places + 1))

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_structopt.pruning.outputs import TRANSPOSED
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def smaller_copy(module: nn.Module, kept: Mapping[str, Mapping[int, list[int]]]) -> nn.Module:
@@ -74,7 +75,7 @@ def _told(part: nn.Module) -> dict[str, Any]:
     shape = tuple(weight.shape)
     if isinstance(part, nn.Linear):
         return {"in_features": shape[1], "out_features": shape[0]}
-    if isinstance(part, _TRANSPOSED):
+    if isinstance(part, TRANSPOSED):
         return {"in_channels": shape[0], "out_channels": shape[1] * part.groups}
     if isinstance(part, _CONVOLUTIONS):
         return {"in_channels": shape[1] * part.groups, "out_channels": shape[0]}
