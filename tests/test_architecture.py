@@ -7,13 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_structopt"
 FILES = sorted(PACKAGE.rglob("*.py"))
-GROUND = {
-    "_checks",
-    "_devices",
-    "_horizon",
-    "_release",
-    "_undisturbed",
-}  # what even the ground floor stands on
+# What even the ground floor stands on.
+GROUND = {"_checks", "_devices", "_dtensors", "_horizon", "_precision", "_release", "_undisturbed"}
 FLOORS = [
     GROUND | {"profiling"},
     {"schedules", "pruning", "sweep"},

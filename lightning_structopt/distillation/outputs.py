@@ -4,11 +4,6 @@ import torch
 from torch import Tensor
 
 
-def widen(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` in float32 or better: sums over classes in half precision lose what is distilled."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def require_same_shape(owner: str, student: Tensor, teacher: Tensor, remedy: str) -> None:
     """Raise unless both outputs have one shape.
 

@@ -1,7 +1,7 @@
 """Floating-point operations by layer: as if all weights counted, and of those alone that aren't zero."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from lightning_structopt._dtensors import local
 from lightning_structopt._undisturbed import plain_attention, undisturbed
 from lightning_structopt.profiling.inputs import Call
-from lightning_structopt.profiling.weights import count_nonzero, whole
 
 Flops = dict[str, tuple[float, float]]
 
 
-def count_flops(module: nn.Module, call: Call) -> Flops:
+def count_flops(module: nn.Module, call: Call, nonzero: Mapping[nn.Parameter, int]) -> Flops:
     """Count the floating-point operations of one forward pass in evaluation mode.
 
     Counted by :mod:`torch.utils.flop_counter`: matrix products, convolutions and attention, at two operations for
@@ -29,13 +29,14 @@ def count_flops(module: nn.Module, call: Call) -> Flops:
     Args:
         module: Left as it was, running statistics and random state included.
         call: What it is called with.
+        nonzero: How many entries of each parameter are not zero.
 
     Returns:
         By the name of the submodule whose own operators they are: operations, and the effective ones among them.
     """
     found: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     where: list[str] = [""]
-    density = _densities(module)
+    density = _densities(nonzero)
 
     def counted(formula: Callable[..., int]) -> Callable[..., int]:
         def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
@@ -61,21 +62,20 @@ def count_flops(module: nn.Module, call: Call) -> Flops:
     return {name: (flops, effective) for name, (flops, effective) in found.items()}
 
 
-def _densities(module: nn.Module) -> dict[int, float]:
+def _densities(nonzero: Mapping[nn.Parameter, int]) -> dict[int, float]:
     """Return the share of nonzero entries of each weight that has zeros, by where its data lies.
 
     Not of biases: they are added, and multiply nothing.
     """
-    shares = {
-        _storage(parameter): count_nonzero(parameter) / parameter.numel()
-        for parameter in module.parameters()
-        if parameter.numel() and parameter.ndim > 1
+    return {
+        _storage(parameter): count / parameter.numel()
+        for parameter, count in nonzero.items()
+        if parameter.ndim > 1 and count < parameter.numel()
     }
-    return {place: share for place, share in shares.items() if share < 1}
 
 
 def _storage(tensor: Any) -> int:
-    return whole(tensor).untyped_storage().data_ptr() if isinstance(tensor, Tensor) else 0
+    return local(tensor).untyped_storage().data_ptr() if isinstance(tensor, Tensor) else 0
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from typing_extensions import override
@@ -16,6 +15,7 @@ from lightning_structopt.profiling.flops import count_flops
 from lightning_structopt.profiling.inputs import Call, as_call
 from lightning_structopt.profiling.latency import Latency, latency
 from lightning_structopt.profiling.memory import forward_bytes, training_bytes
+from lightning_structopt.profiling.tabular import Tabular
 from lightning_structopt.profiling.weights import count_nonzero, own_tensors, saved_bytes, size_bytes
 
 
@@ -45,7 +45,7 @@ class LayerCost:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(Tabular):
     """What a module costs.
 
     Args:
@@ -120,6 +120,7 @@ class Profile:
             writer.writeheader()
             writer.writerows(asdict(layer) for layer in self.layers)
 
+    @override
     def table(self) -> Table:
         """Return the layers and their total as a table."""
         caption = [
@@ -142,16 +143,6 @@ class Profile:
         table.add_section()
         table.add_row("total", "", *_numbers(self))
         return table
-
-    def __rich__(self) -> Table:
-        return self.table()
-
-    @override
-    def __str__(self) -> str:
-        console = Console(width=120)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
 
 
 def profile(
@@ -209,7 +200,8 @@ def profile(
 
 
 def _layers(module: nn.Module, call: Call) -> Iterable[LayerCost]:
-    flops = count_flops(module, call)
+    count_of = {parameter: count_nonzero(parameter) for parameter in module.parameters()}
+    flops = count_flops(module, call, count_of)
     for name, part, parameters, buffers in own_tensors(module):
         dense, effective = flops.get(name, (0, 0.0))
         if parameters or buffers or dense:
@@ -218,7 +210,7 @@ def _layers(module: nn.Module, call: Call) -> Iterable[LayerCost]:
                 kind=type(part).__name__,
                 parameters=sum(p.numel() for p in parameters),
                 trainable=sum(p.numel() for p in parameters if p.requires_grad),
-                nonzero=sum(map(count_nonzero, parameters)),
+                nonzero=sum(count_of[p] for p in parameters),
                 size_bytes=sum(map(size_bytes, [*parameters, *buffers])),
                 flops=int(dense),
                 effective_flops=effective,

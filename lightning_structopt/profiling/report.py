@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
 from lightning_structopt.profiling.profiler import Profile
 from lightning_structopt.profiling.significance import Difference
+from lightning_structopt.profiling.tabular import Tabular
 from lightning_structopt.profiling.training_cost import TrainingCost
 
 _LOWER_IS_BETTER = {"MSE", "RMSE", "MAE", "perplexity", "calibration error", "loss"}
@@ -65,7 +65,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class ComparisonReport:
+class ComparisonReport(Tabular):
     """What :func:`compare` found: ``rich.print(report)``, or write it.
 
     Args:
@@ -108,6 +108,7 @@ class ComparisonReport:
             yield "" if entry.training is None else f"{entry.training.seconds:.1f}"
         yield "Pareto" if entry.is_pareto else entry.failure or ""
 
+    @override
     def table(self) -> Table:
         """Return the report as a table for the terminal, one column a module."""
         header, rows = self.rows()
@@ -118,16 +119,6 @@ class ComparisonReport:
         for index, name in enumerate(header[1:], start=1):
             table.add_row(name, *(row[index] for row in rows))
         return table
-
-    def __rich__(self) -> Table:
-        return self.table()
-
-    @override
-    def __str__(self) -> str:
-        console = Console(width=120)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get()
 
     def _notes(self) -> str:
         notes = []

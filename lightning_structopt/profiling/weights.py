@@ -9,10 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return this rank's data of ``tensor``, which is all of it unless it is a DTensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from lightning_structopt._dtensors import local
 
 
 def count_nonzero(tensor: Tensor) -> int:
@@ -47,7 +44,7 @@ def saved_bytes(module: nn.Module) -> tuple[int, int]:
     this rank's part.
     """
     state = {
-        name: whole(value) if isinstance(value, Tensor) else value
+        name: local(value) if isinstance(value, Tensor) else value
         for name, value in module.state_dict().items()
     }
     sink = _Sink()

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt._checks import require_choice
-from lightning_structopt.pruning.sharding import WHOLE, Sharding, full, part_of
+from lightning_structopt._dtensors import full, part_of
+from lightning_structopt._precision import widened
+from lightning_structopt.pruning.sharding import WHOLE, Sharding
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,6 @@ class Evidence:
 
 
 NOTHING = Evidence()
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` in at least float32, in which sums neither overflow nor stall."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class Criterion(ABC):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt._checks import require_whole
+from lightning_structopt._precision import widened
 from lightning_structopt._undisturbed import plain_attention, trainable, undisturbed
 from lightning_structopt.pruning.calibration import (
     Calibration,
@@ -15,7 +16,7 @@ from lightning_structopt.pruning.calibration import (
     require_calibration_type,
     require_unsharded,
 )
-from lightning_structopt.pruning.criteria import NOTHING, Criterion, Evidence, Scores, widened
+from lightning_structopt.pruning.criteria import NOTHING, Criterion, Evidence, Scores
 from lightning_structopt.pruning.sharding import Sharding
 
 

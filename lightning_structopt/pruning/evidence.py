@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from lightning_structopt.pruning.criteria import Criterion, Evidence, widened
+from lightning_structopt._dtensors import full, local, part_of
+from lightning_structopt._precision import widened
+from lightning_structopt.pruning.criteria import Criterion, Evidence
 from lightning_structopt.pruning.gradient_criteria import GradientCriterion
-from lightning_structopt.pruning.sharding import Sharding, full, local, part_of
+from lightning_structopt.pruning.sharding import Sharding
 from lightning_structopt.pruning.wanda import Wanda, remove, watch_inputs
 
 

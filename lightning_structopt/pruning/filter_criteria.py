@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_structopt.pruning.criteria import NOTHING, Criterion, Evidence, Scores, widened
+from lightning_structopt._precision import widened
+from lightning_structopt.pruning.criteria import NOTHING, Criterion, Evidence, Scores
 from lightning_structopt.pruning.outputs import TRANSPOSED, outputs_first
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt._checks import require_choice
+from lightning_structopt._precision import widened
 from lightning_structopt._undisturbed import trainable, undisturbed
 from lightning_structopt.pruning.calibration import Calibration, require_calibration_type, require_unsharded
-from lightning_structopt.pruning.criteria import NOTHING, Criterion, Evidence, Scores, widened
+from lightning_structopt.pruning.criteria import NOTHING, Criterion, Evidence, Scores
 from lightning_structopt.pruning.sharding import Sharding
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_structopt._dtensors import full, local, part_of
 from lightning_structopt.pruning.outputs import Outputs
-from lightning_structopt.pruning.sharding import Sharding, full, local, part_of
+from lightning_structopt.pruning.sharding import Sharding
 
 # On a CPU the square root takes a detour at exact zeros (measured: 12 times slower), which Adam's steps would feel.
 # What is remembered of a pruned weight moves nothing, so its second moments may as well be one.

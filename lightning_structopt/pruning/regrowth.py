@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt._checks import require_in, require_whole
+from lightning_structopt._dtensors import local
 from lightning_structopt._horizon import steps_taken, training_horizon
 from lightning_structopt.pruning.criteria import Scores
 from lightning_structopt.pruning.evidence import all_finite, dense
@@ -19,7 +20,7 @@ from lightning_structopt.pruning.masks import MaskSet
 from lightning_structopt.pruning.patterns import Pattern, Unstructured
 from lightning_structopt.pruning.ramps import OneShotRamp, Ramp
 from lightning_structopt.pruning.rewinding import Rewind
-from lightning_structopt.pruning.sharding import WHOLE, Sharding, local
+from lightning_structopt.pruning.sharding import WHOLE, Sharding
 
 
 class Regrow(ABC):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_structopt._checks import require_in
+from lightning_structopt._dtensors import full, local, part_of
 from lightning_structopt._horizon import Horizon
-from lightning_structopt.pruning.sharding import full, local, part_of
 
 
 class Rewind(ABC):

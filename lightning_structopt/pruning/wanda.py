@@ -11,9 +11,10 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_structopt._precision import widened
 from lightning_structopt._undisturbed import compiled_parts, undisturbed
 from lightning_structopt.pruning.calibration import Calibration, require_calibration_type, require_unsharded
-from lightning_structopt.pruning.criteria import NOTHING, Criterion, Evidence, Scores, widened
+from lightning_structopt.pruning.criteria import NOTHING, Criterion, Evidence, Scores
 from lightning_structopt.pruning.outputs import TRANSPOSED
 from lightning_structopt.pruning.sharding import Sharding
 

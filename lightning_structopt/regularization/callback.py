@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_lightning, require_type
 from lightning_structopt._horizon import steps_taken, training_horizon
+from lightning_structopt._precision import widened
 from lightning_structopt._release import release
 from lightning_structopt.pruning import IterativePruning
 from lightning_structopt.pruning.raw_steps import RawSteps
@@ -209,12 +210,12 @@ class SparsityPenalty(Callback):
             return
         for group, parameter in self._stepped(optimizer):
             step = self._factor * step_sizes(optimizer, group, parameter)
-            parameter.copy_(self.penalty.proximal(_wide(parameter), step))
+            parameter.copy_(self.penalty.proximal(widened(parameter), step))
 
     @torch.no_grad()
     def _add_subgradients(self, optimizer: Optimizer) -> None:
         for group, parameter in self._stepped(optimizer):
-            subgradient = self.penalty.gradient(_wide(parameter))
+            subgradient = self.penalty.gradient(widened(parameter))
             sign = -1 if group.get("maximize") else 1
             assert parameter.grad is not None
             parameter.grad.add_(subgradient, alpha=sign * self._factor)
@@ -222,7 +223,7 @@ class SparsityPenalty(Callback):
     @torch.no_grad()
     def _value(self) -> float:
         weights = self._parameters.values()
-        return self._factor * sum(_number(self.penalty.value(_wide(weight))) for weight in weights)
+        return self._factor * sum(_number(self.penalty.value(widened(weight))) for weight in weights)
 
     def _horizon_of(self, trainer: Any) -> float:
         if self.schedule is None:
@@ -263,11 +264,6 @@ def _skipped(optimizer: Optimizer) -> bool:
     """Tell whether a gradient scaler made a fused ``optimizer`` leave all weights as they were."""
     found_inf = getattr(optimizer, "found_inf", None)  # there during such a step only
     return found_inf is not None and bool(found_inf)
-
-
-def _wide(weight: Tensor) -> Tensor:
-    """Return ``weight`` in single precision at least: thresholds are much smaller than weights."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def _number(scalar: Tensor) -> float:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_in
+from lightning_structopt._precision import widened
 
 Step = float | Tensor
 
@@ -263,32 +264,28 @@ def _adam(group: Mapping[str, Any], state: Mapping[str, Any]) -> Step:
     correction = (
         1 - group["betas"][1] ** state["step"]
     )  # a tensor, maybe on an accelerator: nothing waits for it
-    return _divide(group["lr"], (_wide(moment) / correction).sqrt() + group["eps"])
+    return _divide(group["lr"], (widened(moment) / correction).sqrt() + group["eps"])
 
 
 def _rmsprop(group: Mapping[str, Any], state: Mapping[str, Any]) -> Step:
-    moment = _wide(state["square_avg"])
+    moment = widened(state["square_avg"])
     if group["centered"]:
-        moment = (moment - _wide(state["grad_avg"]).square()).clamp_min(0)
+        moment = (moment - widened(state["grad_avg"]).square()).clamp_min(0)
     return _divide(group["lr"] / (1 - group["momentum"]), moment.sqrt() + group["eps"])
 
 
 def _adagrad(group: Mapping[str, Any], state: Mapping[str, Any]) -> Step:
     lr = group["lr"] / (1 + (state["step"] - 1) * group["lr_decay"])
-    return _divide(lr, _wide(state["sum"]).sqrt() + group["eps"])
+    return _divide(lr, widened(state["sum"]).sqrt() + group["eps"])
 
 
 def _adamax(group: Mapping[str, Any], state: Mapping[str, Any]) -> Step:
-    return _divide(group["lr"], _wide(state["exp_inf"]))
+    return _divide(group["lr"], widened(state["exp_inf"]))
 
 
 def _divide(lr: Any, denominator: Tensor) -> Tensor:
     sizes: Tensor = lr / denominator.clamp_min(_smallest(denominator))
     return sizes
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 _STEP_SIZES: dict[type[Optimizer], Callable[[Mapping[str, Any], Mapping[str, Any]], Step]] = {

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_structopt._dtensors import full
 from lightning_structopt.pruning import Magnitude, prune
 from lightning_structopt.pruning.calibration import Calibration
 from lightning_structopt.pruning.criteria import Criterion, Evidence
@@ -23,7 +24,7 @@ from lightning_structopt.pruning.evidence import EvidenceCollector
 from lightning_structopt.pruning.filter_criteria import BatchNormScale, GeometricMedian
 from lightning_structopt.pruning.gradient_criteria import GradientSquared, Movement, Taylor
 from lightning_structopt.pruning.jacobian import JacobianImportance
-from lightning_structopt.pruning.sharding import WHOLE, Sharding, full
+from lightning_structopt.pruning.sharding import WHOLE, Sharding
 from lightning_structopt.pruning.wanda import Wanda
 from lightning_structopt.pruning.weight_criteria import LAMP, Random
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from lightning_structopt._dtensors import full, part_of
 from lightning_structopt.pruning import (
     Block,
     CubicRamp,
@@ -30,7 +31,6 @@ from lightning_structopt.pruning import (
 )
 from lightning_structopt.pruning.masks import MaskSet
 from lightning_structopt.pruning.regrowth import exchange
-from lightning_structopt.pruning.sharding import full, part_of
 from lightning_structopt.regularization import L1, SparsityPenalty
 
 pytestmark = [

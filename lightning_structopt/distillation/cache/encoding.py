@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_structopt.distillation.outputs import widen
+from lightning_structopt._precision import widened
 
 Parts = Mapping[str, Tensor]
 
@@ -53,11 +53,11 @@ class Rounded(Encoding):
 
     @override
     def decode(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
-        return widen(parts[""])
+        return widened(parts[""])
 
     @override
     def gap(self, parts: Parts, live: Tensor) -> Tensor:
-        return _relative_gap(widen(parts[""]), widen(live))
+        return _relative_gap(widened(parts[""]), widened(live))
 
 
 @dataclass(frozen=True)
@@ -96,20 +96,20 @@ class TopK(Encoding):
 
     @override
     def decode(self, parts: Parts, shape: tuple[int, ...]) -> Tensor:
-        values, rest = widen(parts["values"]), widen(parts["rest"])
+        values, rest = widened(parts["values"]), widened(parts["rest"])
         return rest.expand(len(rest), *shape).scatter(self.dim, parts["index"].long(), values)
 
     @override
     def gap(self, parts: Parts, live: Tensor) -> Tensor:
         # At the classes that were kept: a tie for the last of them may now go to another.
-        live, index = widen(live), parts["index"].long()
-        kept = torch.cat([widen(parts["values"]), widen(parts["rest"])], self.dim)
+        live, index = widened(live), parts["index"].long()
+        kept = torch.cat([widened(parts["values"]), widened(parts["rest"])], self.dim)
         return _relative_gap(
             kept, torch.cat([live.gather(self.dim, index), self._mean_of_rest(live, index)], self.dim)
         )
 
     def _mean_of_rest(self, output: Tensor, index: Tensor) -> Tensor:
-        others = widen(output).scatter(self.dim, index, -math.inf).logsumexp(self.dim, keepdim=True)
+        others = widened(output).scatter(self.dim, index, -math.inf).logsumexp(self.dim, keepdim=True)
         return others - math.log(output.shape[self.dim] - self.top_k)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_structopt.pruning.sharding import full, local
+from lightning_structopt._dtensors import full, local
 
 
 def fingerprint(teacher: nn.Module) -> str:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from lightning_structopt.distillation.outputs import widen
+from lightning_structopt._precision import widened
 
 
 def channel_dim(features: Tensor) -> int:
@@ -33,7 +33,7 @@ def adapt_features(adapter: nn.Module, features: Tensor) -> Tensor:
     """Return ``features`` after ``adapter``, in float32 or better; autocast may choose what it computes in."""
     weight = next(adapter.parameters(), features)  # none in an `Identity`
     adapted: Tensor = adapter(features.to(weight.dtype))
-    return widen(adapted)
+    return widened(adapted)
 
 
 def resize_like(features: Tensor, like: Tensor) -> Tensor:

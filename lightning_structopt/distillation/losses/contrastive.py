@@ -8,9 +8,10 @@ from torch.nn.functional import cross_entropy, normalize
 from typing_extensions import override
 
 from lightning_structopt._checks import require_in, require_whole
+from lightning_structopt._precision import widened
 from lightning_structopt.distillation.losses.adapters import adapt_features, make_adapter
 from lightning_structopt.distillation.losses.logits import DistillationLoss
-from lightning_structopt.distillation.outputs import require_mask, widen
+from lightning_structopt.distillation.outputs import require_mask
 
 
 class ContrastiveRepresentation(DistillationLoss):
@@ -149,8 +150,8 @@ def _pooled(features: Tensor) -> Tensor:
             f"{tuple(features.shape)}. Tap another layer."
         )
     if features.ndim > 3:
-        return widen(features).flatten(2).mean(2)
-    return widen(features).mean(1) if features.ndim == 3 else widen(features)
+        return widened(features).flatten(2).mean(2)
+    return widened(features).mean(1) if features.ndim == 3 else widened(features)
 
 
 def _require_labels(target: Tensor, features: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from typing_extensions import override
 
 from lightning_structopt._checks import require_in, require_whole
+from lightning_structopt._precision import widened
 from lightning_structopt.distillation.losses.adapters import (
     adapt_features,
     channel_dim,
@@ -14,7 +15,7 @@ from lightning_structopt.distillation.losses.adapters import (
     resize_like,
 )
 from lightning_structopt.distillation.losses.logits import DistillationLoss
-from lightning_structopt.distillation.outputs import mean_over, require_mask, require_same_shape, widen
+from lightning_structopt.distillation.outputs import mean_over, require_mask, require_same_shape
 
 _TAP_ELSEWHERE = "Tap layers that fit each other, or use `Hint`, whose adapter fits the channels."
 _RESIZE = "Tap layers of the same size, or give `resize=True` to resample the teacher's maps."
@@ -46,7 +47,7 @@ class FeatureMSE(DistillationLoss):
         self, student: Tensor, teacher: Tensor, target: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         self.adapt(student, teacher)
-        return _mean_of_samples("FeatureMSE", (widen(teacher) - widen(student)).square(), mask)
+        return _mean_of_samples("FeatureMSE", (widened(teacher) - widened(student)).square(), mask)
 
 
 class Hint(DistillationLoss):
@@ -103,7 +104,7 @@ class Hint(DistillationLoss):
         if self._channels is None:
             self._require_adapted(student, teacher)
         adapted = adapt_features(self.adapter, student)
-        teacher = widen(teacher)
+        teacher = widened(teacher)
         squares = (resize_like(teacher, adapted) - adapted).square()
         return _mean_of_samples("Hint", squares, mask)
 
@@ -159,7 +160,7 @@ class CosineFeature(DistillationLoss):
         self, student: Tensor, teacher: Tensor, target: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         self.adapt(student, teacher)
-        distances = 1 - cosine_similarity(widen(student), widen(teacher), dim=channel_dim(student))
+        distances = 1 - cosine_similarity(widened(student), widened(teacher), dim=channel_dim(student))
         return _mean_of_samples("CosineFeature", distances, mask)
 
 
@@ -210,7 +211,7 @@ class AttentionTransfer(DistillationLoss):
         self, student: Tensor, teacher: Tensor, target: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         self.adapt(student, teacher)
-        student, teacher = widen(student), widen(teacher)
+        student, teacher = widened(student), widened(teacher)
         s, t = self._strength(student), self._strength(resize_like(teacher, student))
         chosen = None
         if mask is not None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt._checks import require_in, require_type
+from lightning_structopt._precision import widened
 from lightning_structopt.distillation.outputs import (
     mean_over,
     require_same_classes,
     require_same_shape,
-    widen,
 )
 from lightning_structopt.schedules import Schedule
 
@@ -125,7 +125,7 @@ class Tempered(DistillationLoss):
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """Return the softened logarithms, finite also for classes that logits of minus infinity rule out."""
-        scores = widen(logits) / self.current_temperature
+        scores = widened(logits) / self.current_temperature
         return scores.log_softmax(self.class_dim).clamp_min(torch.finfo(torch.float32).min)
 
     def _factor_at(self, t: float, horizon: float) -> float:
@@ -281,5 +281,5 @@ class LogitMSE(DistillationLoss):
         self, student: Tensor, teacher: Tensor, target: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         self.adapt(student, teacher)
-        squares = (widen(teacher) - widen(student)).square()
+        squares = (widened(teacher) - widened(student)).square()
         return mean_over("LogitMSE", squares.sum(1) if squares.ndim > 1 else squares, mask)

@@ -8,8 +8,9 @@ from torch.nn.functional import normalize, smooth_l1_loss
 from typing_extensions import override
 
 from lightning_structopt._checks import require_in
+from lightning_structopt._precision import widened
 from lightning_structopt.distillation.losses.logits import DistillationLoss
-from lightning_structopt.distillation.outputs import require_mask, widen
+from lightning_structopt.distillation.outputs import require_mask
 
 
 class RKD(DistillationLoss):
@@ -64,7 +65,7 @@ class RKD(DistillationLoss):
         self, student: Tensor, teacher: Tensor, target: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         self.adapt(student, teacher)
-        s, t = widen(student).flatten(1), widen(teacher).flatten(1)
+        s, t = widened(student).flatten(1), widened(teacher).flatten(1)
         if mask is not None:
             chosen = require_mask("RKD", mask, student.shape[:1])
             s, t = s[chosen], t[chosen]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_in
-from lightning_structopt.distillation.outputs import widen
+from lightning_structopt._precision import widened
 from lightning_structopt.distillation.taps import LOGITS, tensor_of
 
 
@@ -72,7 +72,7 @@ class Teachers(nn.Module):
                 f"`Teachers` must return outputs of one shape. Found {sorted(shapes)}. Wrap those that differ in a "
                 "module that brings them to the same classes."
             )
-        stacked = torch.stack([widen(output) for output in outputs])
+        stacked = torch.stack([widened(output) for output in outputs])
         weights = stacked.new_tensor(self.weights).view(-1, *[1] * (stacked.ndim - 1))
         if self.combine == "outputs":
             return (weights * stacked).sum(0)
