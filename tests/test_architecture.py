@@ -15,7 +15,7 @@ FLOORS = [
     {"regularization", "shrinking", "distillation", "lr_decay"},
     {"growth", "cli"},
 ]
-ALONE = {"blocks", "ensembles"}  # besides the checks, they stand on nothing of ours
+ALONE = {"blocks", "ensembles"}  # they stand on the ground floor only
 MAY_IMPORT_LIGHTNING = {"callback.py", "module.py", "lr_decay.py", "cli.py"}
 
 
@@ -50,7 +50,7 @@ def test_each_floor_stands_on_those_below(file: Path) -> None:
     if here == "__init__":
         return
     if here in ALONE:
-        assert ours <= {"_checks"}
+        assert ours <= FLOORS[0]
         return
     floor = next(index for index, rooms in enumerate(FLOORS) if here in rooms)
     assert ours <= set().union(*FLOORS[: max(floor, 0)]) or (floor == 0 and ours <= GROUND)
