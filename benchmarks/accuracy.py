@@ -13,8 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from common import Batches, parse_arguments, quiet_trainer, write_json
-from data import load
+from common import Batches, images, parse_arguments, quiet_trainer, top1, write_as_they_come
 from lightning.pytorch.callbacks import Callback, ModelPruning
 from rich.console import Console
 from rich.table import Table
@@ -201,18 +200,6 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-def images(fast: bool) -> tuple[Tensor, ...]:
-    """Return Fashion-MNIST with the mean and deviation of its training images taken out.
-
-    Fast runs take scikit-learn's digits, drawn larger, as Fashion-MNIST is not on every machine.
-    """
-    train_x, train_y, test_x, test_y = load("digits" if fast else "fashion-mnist")
-    if fast:
-        train_x, test_x = (nn.functional.interpolate(images, size=28) for images in (train_x, test_x))
-    shift, scale = train_x.mean(), train_x.std()
-    return (train_x - shift) / scale, train_y, (test_x - shift) / scale, test_y
-
-
 def train(
     contender: Contender, sparsity: float, seed: int, data: tuple[Tensor, ...], network: Network
 ) -> Classifier:
@@ -223,13 +210,6 @@ def train(
     trainer = quiet_trainer(max_epochs=network.epochs, callbacks=contender(module, sparsity))
     trainer.fit(module, Batches(train_x, train_y, BATCH_SIZE, seed=seed))
     return module
-
-
-@torch.no_grad()
-def top1(module: Classifier, data: tuple[Tensor, ...]) -> float:
-    """Return the percentage of test images that are classified correctly."""
-    _, _, test_x, test_y = data
-    return 100 * float((module.eval()(test_x).argmax(1) == test_y).float().mean())
 
 
 def zeros(module: Classifier) -> float:
@@ -253,7 +233,7 @@ class Job:
         torch.set_num_threads(1)  # the network is too small for more; the runs share the cores instead
         data = images(self.fast)
         module = train(CONTENDERS[self.contender], self.sparsity, self.seed, data, NETWORKS[self.network])
-        return top1(module, data), zeros(module)
+        return top1(module.eval(), data), zeros(module)
 
 
 def cases_of(network: str, sparsities: tuple[float, ...]) -> list[tuple[str, float]]:
@@ -297,9 +277,8 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     arguments = parse_arguments("accuracy", __doc__, choices={"network": list(NETWORKS)}, seeds=SEEDS)
     sparsities, seeds = ((0.95,), 1) if arguments.fast else (SPARSITIES, arguments.seeds)
-    rows = list(rows_of(arguments.network, sparsities, tuple(range(seeds)), arguments.fast))
-    show(rows)
-    write_json(arguments.output, "accuracy", rows)
+    rows = rows_of(arguments.network, sparsities, tuple(range(seeds)), arguments.fast)
+    show(write_as_they_come(arguments.output, "accuracy", rows))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from typing import Any
 import lightning
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lightning_structopt
 
 RESULTS = Path(__file__).parent / "results"
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # for `from data import load`
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # where `data` is
+
+from data import load  # noqa: E402
 
 
 class Batches:
@@ -43,6 +45,26 @@ class Batches:
             return
         for chosen in torch.randperm(len(self.inputs), generator=self.generator).split(self.batch_size):
             yield self.inputs[chosen], self.labels[chosen]
+
+
+def images(fast: bool) -> tuple[Tensor, ...]:
+    """Return Fashion-MNIST with the mean and deviation of its training images taken out.
+
+    Fast runs take scikit-learn's digits, drawn larger, as Fashion-MNIST is not on every machine.
+    """
+    train_x, train_y, test_x, test_y = load("digits" if fast else "fashion-mnist")
+    if fast:
+        train_x, test_x = (nn.functional.interpolate(pictures, size=28) for pictures in (train_x, test_x))
+    shift, scale = train_x.mean(), train_x.std()
+    return (train_x - shift) / scale, train_y, (test_x - shift) / scale, test_y
+
+
+@torch.no_grad()
+def top1(forward: Callable[[Tensor], Tensor], data: tuple[Tensor, ...]) -> float:
+    """Return the percentage of test images that are classified correctly."""
+    _, _, test_x, test_y = data
+    outputs = torch.cat([forward(part) for part in test_x.split(1000)])
+    return 100 * float((outputs.argmax(1) == test_y).float().mean())
 
 
 def quiet_trainer(**kwargs: Any) -> pl.Trainer:
@@ -112,7 +134,21 @@ def _cpu_model() -> str:
 def write_json(path: Path | None, name: str, rows: list[dict[str, Any]]) -> None:
     """Write ``rows`` with their environment to ``path``, if there is one."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result = {"benchmark": name, "environment": environment(), "rows": rows}
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        _write(path, name, rows)
         print(f"Written to {path}")
+
+
+def write_as_they_come(path: Path | None, name: str, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return ``rows``; those of a long run that is cut off are in ``path`` up to then."""
+    written: list[dict[str, Any]] = []
+    for row in rows:
+        written.append(row)
+        if path is not None:
+            _write(path, name, written)
+    return written
+
+
+def _write(path: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"benchmark": name, "environment": environment(), "rows": rows}
+    path.write_text(json.dumps(result, indent=2) + "\n")

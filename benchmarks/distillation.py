@@ -9,16 +9,17 @@ for the same epochs, from the same initial weights and batches; every loss is li
 
 import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from statistics import mean, median, stdev
 from time import perf_counter
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from common import Batches, parse_arguments, quiet_trainer, write_json
-from data import load
+from common import Batches, images, parse_arguments, quiet_trainer, top1, write_as_they_come
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
@@ -83,20 +84,6 @@ LOSSES: dict[str, Callable[[], Any]] = {
 }
 
 
-def images(fast: bool) -> tuple[Tensor, ...]:
-    train_x, train_y, test_x, test_y = load("digits" if fast else "fashion-mnist")
-    shift, scale = train_x.mean(), train_x.std()
-    return (train_x - shift) / scale, train_y, (test_x - shift) / scale, test_y
-
-
-@torch.no_grad()
-def top1(module: nn.Module, data: tuple[Tensor, ...]) -> float:
-    """Return the percentage of test images that are classified correctly."""
-    _, _, test_x, test_y = data
-    outputs = torch.cat([module.eval()(part) for part in test_x.split(1000)])
-    return 100 * float((outputs.argmax(1) == test_y).float().mean())
-
-
 def trained(widths: tuple[int, int, int], seed: int, data: tuple[Tensor, ...], epochs: int) -> ResNet:
     torch.manual_seed(seed)
     module = ResNet(widths)
@@ -114,30 +101,30 @@ def distilled(
     return student
 
 
-def accuracy(seeds: int, fast: bool) -> list[dict[str, Any]]:
+def accuracy(seeds: int, fast: bool) -> Iterator[dict[str, Any]]:
     data = images(fast)
     epochs = 1 if fast else EPOCHS
     teacher = trained(TEACHER, 0, data, epochs)
-    found = {"teacher": [top1(teacher, data)]}
-    found["student by itself"] = [top1(trained(STUDENT, seed, data, epochs), data) for seed in range(seeds)]
+    yield row_of("teacher", teacher, [top1(teacher.eval(), data)])
+    contenders: dict[str, Callable[[int], ResNet]] = {
+        "student by itself": lambda seed: trained(STUDENT, seed, data, epochs)
+    }
     for name in ["SoftTarget"] if fast else LOSSES:
-        found[name] = [top1(distilled(teacher, LOSSES[name], s, data, epochs), data) for s in range(seeds)]
-    sizes = {"teacher": count(ResNet(TEACHER))}
-    return [
-        {
-            "part": "accuracy",
-            "model": name,
-            "parameters": sizes.get(name, count(ResNet(STUDENT))),
-            "top1": scores,
-            "mean": mean(scores),
-            "std": stdev(scores) if len(scores) > 1 else 0.0,
-        }
-        for name, scores in found.items()
-    ]
+        contenders[name] = partial(distilled, teacher, LOSSES[name], data=data, epochs=epochs)
+    for name, train in contenders.items():
+        scores = [top1(train(seed).eval(), data) for seed in range(seeds)]
+        yield row_of(name, ResNet(STUDENT), scores)
 
 
-def count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def row_of(name: str, module: ResNet, scores: list[float]) -> dict[str, Any]:
+    return {
+        "part": "accuracy",
+        "model": name,
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "top1": scores,
+        "mean": mean(scores),
+        "std": stdev(scores) if len(scores) > 1 else 0.0,
+    }
 
 
 class EpochTimer(Callback):
@@ -244,14 +231,12 @@ def main() -> None:
     arguments = parse_arguments(
         "distillation", __doc__, choices={"part": ["time", "accuracy"]}, seeds=3, rounds=6
     )
-    if arguments.fast:
-        rows = times(1, fast=True) + accuracy(1, fast=True)
-    else:
-        rows = (
-            times(arguments.rounds, False) if arguments.part == "time" else accuracy(arguments.seeds, False)
-        )
-    show(rows)
-    write_json(arguments.output, "distillation", rows)
+    parts: list[Iterable[dict[str, Any]]] = []
+    if arguments.fast or arguments.part == "time":
+        parts.append(times(1 if arguments.fast else arguments.rounds, arguments.fast))
+    if arguments.fast or arguments.part == "accuracy":
+        parts.append(accuracy(1 if arguments.fast else arguments.seeds, arguments.fast))
+    show(write_as_they_come(arguments.output, "distillation", chain(*parts)))
 
 
 if __name__ == "__main__":
