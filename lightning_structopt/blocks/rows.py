@@ -1,0 +1,44 @@
+"""Working on some of the samples of a batch."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def over_rows(numbers: Tensor, like: Tensor) -> Tensor:
+    """Return one number a row, shaped to multiply ``like``, and in its precision."""
+    return numbers.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def needs_dense_form() -> bool:
+    """Tell whether a graph is being recorded for export, which can have no branches that depend on data."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def has_shards(module: nn.Module) -> bool:
+    """Tell whether ``module`` holds weights that only all ranks together can gather, so that all must call it."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def touch(module: nn.Module) -> Tensor | None:
+    """Return a zero through which all parameters get gradients of zero, for a pass in which ``module`` did not run.
+
+    DDP waits for the gradient of every parameter, and optimizers with weight decay skip those that have none.
+    Empty slices, so that neither time nor weights that are not finite count.
+    """
+    parts = [p.flatten()[:0].sum() for p in module.parameters() if p.requires_grad]
+    return torch.stack([part.float() for part in parts]).sum() if parts else None
+
+
+def require_same_shape(owner: str, through: Tensor, around: Tensor) -> None:
+    """Raise unless what comes through the body has the shape of what goes around it.
+
+    Raises:
+        ValueError: If it hasn't.
+    """
+    if through.shape != around.shape:
+        raise ValueError(
+            f"The body of `{owner}` must give the shape of its shortcut. Found {tuple(through.shape)} from the body "
+            f"and {tuple(around.shape)} around it. Give a `shortcut` that changes the shape alike, such as "
+            "`projection(in_channels, out_channels, stride)`."
+        )
