@@ -1,0 +1,23 @@
+"""Ensembles: several models that answer as one, in parallel, in series or mixed."""
+
+from lightning_structopt.ensembles.calibration import TemperatureScaling, expected_calibration_error
+from lightning_structopt.ensembles.diversity import disagreement, error_correlation
+from lightning_structopt.ensembles.parallel import ParallelEnsemble
+from lightning_structopt.ensembles.predictions import Predictions, predictions
+from lightning_structopt.ensembles.selection import Selection, select_greedily
+from lightning_structopt.ensembles.soup import soup
+from lightning_structopt.ensembles.weights import weights_by_metric
+
+__all__ = [
+    "ParallelEnsemble",
+    "Predictions",
+    "Selection",
+    "TemperatureScaling",
+    "disagreement",
+    "error_correlation",
+    "expected_calibration_error",
+    "predictions",
+    "select_greedily",
+    "soup",
+    "weights_by_metric",
+]
