@@ -82,7 +82,8 @@ class _Ending:
 
 def _discard(passes: "weakref.ref[Passes]", entry: "weakref.ref[Pass]") -> None:
     owner, gone = passes(), entry()
-    if owner is not None:
+    if owner is not None and gone is not None:
+        owner.missed = not owner.collected
         owner.waiting = [each for each in owner.waiting if each is not gone]
 
 

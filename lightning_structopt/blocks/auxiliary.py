@@ -70,9 +70,10 @@ def _require_told(blocks: list[AdaptiveBlock]) -> None:
     if any(block._passes.waiting for block in blocks) or not any(block._passes.missed for block in blocks):
         return
     raise ValueError(
-        "`auxiliary_loss` must come after a forward pass with gradients and before its backward pass. Found adaptive "
-        "blocks that ran in training and have nothing to tell any more. Call it in `training_step`, before you return "
-        "the loss; give `torch.utils.checkpoint.checkpoint` `use_reentrant=False`."
+        "`auxiliary_loss` must come after a forward pass with gradients and before its backward pass, while what it "
+        "computed is still in use. Found adaptive blocks that ran in training and have nothing to tell any more. Call "
+        "it in `training_step`, before you return the loss; give `torch.utils.checkpoint.checkpoint` "
+        "`use_reentrant=False`."
     )
 
 
