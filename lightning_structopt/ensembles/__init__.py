@@ -5,13 +5,16 @@ from lightning_structopt.ensembles.diversity import disagreement, error_correlat
 from lightning_structopt.ensembles.parallel import ParallelEnsemble
 from lightning_structopt.ensembles.predictions import Predictions, predictions
 from lightning_structopt.ensembles.selection import Selection, select_greedily
+from lightning_structopt.ensembles.serial import CascadeReport, SerialEnsemble
 from lightning_structopt.ensembles.soup import soup
 from lightning_structopt.ensembles.weights import weights_by_metric
 
 __all__ = [
+    "CascadeReport",
     "ParallelEnsemble",
     "Predictions",
     "Selection",
+    "SerialEnsemble",
     "TemperatureScaling",
     "disagreement",
     "error_correlation",
