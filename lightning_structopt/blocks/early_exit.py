@@ -128,6 +128,7 @@ class EarlyExit(AdaptiveBlock):
         _require_one_process()
         confidences = self._confidences(loader)
         cumulative = self.costs.double().cumsum(0).cpu()
+        cumulative = cumulative / cumulative[-1]  # exactly 1 in the end, as a budget of 1 allows
         if float(cumulative[0]) > budget:
             raise ValueError(
                 f"`budget` must be at least the cost of the first exit. Found `budget = {budget}` and a first exit "
