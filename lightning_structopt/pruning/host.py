@@ -46,8 +46,12 @@ def require_fitting_trainer(trainer: Any, rewind: Rewind | None, regrow: Regrow 
         require_regrowable(trainer)
 
 
-def require_strategy_keeps_parameters(trainer: Any) -> None:
+def require_strategy_keeps_parameters(trainer: Any, owner: str = "IterativePruning") -> None:
     """Raise if the strategy of ``trainer`` trains something other than the module's own parameters.
+
+    Args:
+        trainer: The trainer.
+        owner: The callback that asks.
 
     Raises:
         ValueError: Under DeepSpeed and FSDP1.
@@ -55,7 +59,7 @@ def require_strategy_keeps_parameters(trainer: Any) -> None:
     name = type(trainer.strategy).__name__
     if name in {"DeepSpeedStrategy", "FSDPStrategy"}:
         raise ValueError(
-            "`IterativePruning` masks the module's own parameters. Found "
+            f"`{owner}` masks the module's own parameters. Found "
             f"`{name}`, which trains flattened copies of them. Use `ddp` or `ModelParallelStrategy` (FSDP2)."
         )
 
