@@ -1,6 +1,7 @@
 """Ensembles: several models that answer as one, in parallel, in series or mixed."""
 
 from lightning_structopt.ensembles.calibration import TemperatureScaling, expected_calibration_error
+from lightning_structopt.ensembles.callback import SnapshotEnsemble
 from lightning_structopt.ensembles.diversity import disagreement, error_correlation
 from lightning_structopt.ensembles.parallel import ParallelEnsemble
 from lightning_structopt.ensembles.predictions import Predictions, predictions
@@ -15,6 +16,7 @@ __all__ = [
     "Predictions",
     "Selection",
     "SerialEnsemble",
+    "SnapshotEnsemble",
     "TemperatureScaling",
     "disagreement",
     "error_correlation",
