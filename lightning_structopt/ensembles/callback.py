@@ -28,8 +28,8 @@ class SnapshotEnsemble(Callback):
     .. math:: a_t = a_0 \Big( e + (1 - e)\, \tfrac12 \big(1 + \cos(\pi \, t' / T')\big) \Big)
 
     with :math:`t'` the optimizer steps since the cycle began and :math:`T'` those of a cycle, an equal share of the
-    whole training. Each optimizer gets a ``torch.optim.lr_scheduler.LambdaLR`` among the trainer's schedulers. Snapshots
-    are on the CPU, and in checkpoints. Huang et al., "Snapshot Ensembles: Train 1, Get M for Free", 2017
+    whole training. Each optimizer gets a ``torch.optim.lr_scheduler.LambdaLR`` among the trainer's schedulers.
+    Snapshots are on the CPU, and in checkpoints. Huang et al., "Snapshot Ensembles: Train 1, Get M for Free", 2017
     (https://arxiv.org/abs/1704.00109).
 
     Args:
