@@ -7,10 +7,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_in, require_type, require_whole
-from lightning_structopt._precision import widened
 from lightning_structopt.blocks.adaptive import AdaptiveBlock, Pass, flops
 from lightning_structopt.blocks.halting import act_distribution, kl_to_geometric, ponder_distribution
-from lightning_structopt.blocks.rows import has_shards, over_rows, require_same_shape
+from lightning_structopt.blocks.rows import as_logits, has_shards, over_rows, require_same_shape
 
 
 class Pondered(NamedTuple):
@@ -154,13 +153,7 @@ class AdaptiveComputationUnit(AdaptiveBlock):
         return new
 
     def _halt(self, state: Tensor) -> Tensor:
-        logits: Tensor = self.gate(state)
-        if logits.shape not in {(len(state),), (len(state), 1)}:
-            raise ValueError(
-                f"The gate of `AdaptiveComputationUnit` must give one logit a sample, of shape ({len(state)},). Found "
-                f"{tuple(logits.shape)}. End it with a linear layer of one output, or take `Gate(features)`."
-            )
-        return torch.sigmoid(widened(logits.reshape(-1)))
+        return torch.sigmoid(as_logits("AdaptiveComputationUnit", self.gate(state), state))
 
     def _steps(self, inputs: Tensor, state: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Run all samples: under ACT until the last has halted, where that is known without asking other ranks."""

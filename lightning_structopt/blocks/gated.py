@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt._checks import require_in, require_type
-from lightning_structopt._precision import widened
 from lightning_structopt.blocks.activations import Activation, activation_module
 from lightning_structopt.blocks.adaptive import AdaptiveBlock, Pass, flops_per_row, in_backward
 from lightning_structopt.blocks.gates import GateBudget, Relaxation, StraightThrough
 from lightning_structopt.blocks.residual import ResidualBlock
-from lightning_structopt.blocks.rows import has_shards, over_rows, require_same_shape
+from lightning_structopt.blocks.rows import as_logits, has_shards, over_rows, require_same_shape
 
 
 class GatedBlock(AdaptiveBlock):
@@ -128,13 +127,7 @@ class GatedBlock(AdaptiveBlock):
         return f"relaxation={self.relaxation!r}, budget={self.budget!r}, cost={self.cost!r}"
 
     def _logits(self, inputs: Tensor) -> Tensor:
-        logits: Tensor = self.gate(inputs)
-        if logits.shape not in {(len(inputs),), (len(inputs), 1)}:
-            raise ValueError(
-                f"The gate of `GatedBlock` must give one logit a sample, of shape ({len(inputs)},). Found "
-                f"{tuple(logits.shape)}. End it with a linear layer of one output, or take `Gate(features)`."
-            )
-        return widened(logits.reshape(-1))
+        return as_logits("GatedBlock", self.gate(inputs), inputs)
 
     def _train(self, inputs: Tensor, around: Tensor, logits: Tensor) -> Tensor:
         gates = self.relaxation(logits, self._count())

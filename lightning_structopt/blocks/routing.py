@@ -88,7 +88,7 @@ class RoutedBlock(AdaptiveBlock):
         weights = self._weights(probabilities, chosen) * kept
         run = self._all if self._runs_dense else self._some
         output = (rows + run(rows, chosen, kept, weights)).reshape(inputs.shape)
-        share = kept.float().sum() / (len(rows) * len(self.experts)) if len(rows) else kept.float().sum()
+        share = kept.float().mean() * self.top_k / len(self.experts)
         entry = Pass(self._imbalance(probabilities, chosen)) if self.training else None
         self._remember(share, output, entry)
         return output

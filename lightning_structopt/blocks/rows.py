@@ -4,10 +4,27 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_structopt._precision import widened
+
 
 def over_rows(numbers: Tensor, like: Tensor) -> Tensor:
     """Return one number a row, shaped to multiply ``like``, and in its precision."""
     return numbers.to(like.dtype).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def as_logits(owner: str, logits: Tensor, inputs: Tensor) -> Tensor:
+    """Return what a gate gave as one number a sample, in at least float32.
+
+    Raises:
+        ValueError: If it is not one a sample.
+    """
+    rows = inputs.shape[0]  # not `len`, which would make the size of a batch a constant in exported graphs
+    if logits.numel() != rows or logits.shape[0] != rows or logits.ndim > 2:
+        raise ValueError(
+            f"The gate of `{owner}` must give one logit a sample, of shape ({rows},). Found {tuple(logits.shape)}. End "
+            "it with a linear layer of one output, or take `Gate(features)`."
+        )
+    return widened(logits.reshape(-1))
 
 
 def needs_dense_form() -> bool:
