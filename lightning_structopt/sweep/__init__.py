@@ -1,0 +1,32 @@
+"""Architecture sweeps: many candidates, each in a process of its own, the best of them trained on."""
+
+from lightning_structopt.sweep.architecture import AllFailedError, ArchitectureSweep
+from lightning_structopt.sweep.brackets import AsynchronousHalving, Hyperband
+from lightning_structopt.sweep.budget import Budget, FixedRounds, SuccessiveHalving
+from lightning_structopt.sweep.candidates import Candidate
+from lightning_structopt.sweep.constraints import Constraint, MaxBytes, MaxFLOPs, MaxLatency, MaxParameters
+from lightning_structopt.sweep.executors import Executor, InProcess, LocalProcesses
+from lightning_structopt.sweep.result import CandidateResult, SweepResult
+from lightning_structopt.sweep.space import SearchSpace
+
+__all__ = [
+    "AllFailedError",
+    "ArchitectureSweep",
+    "AsynchronousHalving",
+    "Budget",
+    "Candidate",
+    "CandidateResult",
+    "Constraint",
+    "Executor",
+    "FixedRounds",
+    "Hyperband",
+    "InProcess",
+    "LocalProcesses",
+    "MaxBytes",
+    "MaxFLOPs",
+    "MaxLatency",
+    "MaxParameters",
+    "SearchSpace",
+    "SuccessiveHalving",
+    "SweepResult",
+]

@@ -1,0 +1,212 @@
+"""ArchitectureSweep: the front door."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from typing_extensions import override
+
+from lightning_structopt._checks import require_choice, require_in, require_type, require_whole
+from lightning_structopt.sweep.brackets import AsynchronousHalving
+from lightning_structopt.sweep.budget import Budget, SuccessiveHalving
+from lightning_structopt.sweep.candidates import Candidate, as_candidates, require_free_arguments
+from lightning_structopt.sweep.constraints import Rule, as_rules
+from lightning_structopt.sweep.driver import Driver
+from lightning_structopt.sweep.executors import Executor, LocalProcesses
+from lightning_structopt.sweep.plan import Plan, require_same
+from lightning_structopt.sweep.progress import Display
+from lightning_structopt.sweep.result import SweepResult, ranked
+from lightning_structopt.sweep.space import SearchSpace
+from lightning_structopt.sweep.storage import Ledger
+
+Candidates = (
+    Mapping[str, Candidate | Callable[[], Any]] | Sequence[Candidate | Callable[[], Any]] | SearchSpace
+)
+
+
+class AllFailedError(RuntimeError):
+    """Not one candidate of a sweep could be trained."""
+
+
+class ArchitectureSweep:
+    """Trains many architectures a little and the best of them longer, each in a process of its own.
+
+    Candidates that go on do so from their checkpoints, with optimizer, schedules, callbacks and random states: a
+    candidate trained in three rungs ends, on one device, with the bits of one trained straight. What fails or hangs
+    is a row of the table with its reason. A sweep that was interrupted goes on where it was when it is run again;
+    its state is an Optuna study, which optuna-dashboard shows too.
+
+    The directory holds pickled candidates and data, which are run: only use directories that you trust.
+
+    Args:
+        candidates: Callables that return LightningModules, by name; a list of them; or a :class:`SearchSpace`.
+        monitor: The metric that counts, as the module logs it.
+        mode: Whether more (``"max"``) or less (``"min"``) of it is better.
+        budget: How training is shared out; by default ``SuccessiveHalving(1, 9, 3)``.
+        trainer: Arguments of each candidate's ``Trainer``. ``logger`` may be a function from the candidate's name to a
+            logger, so that each has a run of its own.
+        executor: Where trials run; by default :class:`LocalProcesses`, one at a time.
+        constraints: What a candidate may cost: :class:`MaxParameters` and others, or functions from a module to the
+            reason why it may not train.
+        directory: Where everything is written; new, empty, or of this very sweep.
+        seed: Seeds every candidate before it is built.
+        patience: Rounds without a better best after which the sweep ends; None for no such end.
+        repeats: Seeds that each finalist is trained with; they are then ranked by the mean.
+        timeout: Seconds that a rung may take before it counts as failed; None for no limit.
+        storage: Where Optuna keeps the state: ``"journal:PATH"`` or the URL of a database; by default a journal in
+            ``directory``.
+        progress: Whether to show live progress.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If one is out of range, names are used twice, or the devices asked for aren't there.
+
+    Example:
+        >>> sweep = ArchitectureSweep({"small": make_small, "wide": make_wide}, "val_acc")  # doctest: +SKIP
+        >>> sweep.run(datamodule).best.load()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        monitor: str,
+        mode: Literal["min", "max"] = "max",
+        budget: Budget | None = None,
+        trainer: Mapping[str, Any] | None = None,
+        executor: Executor | None = None,
+        constraints: Sequence[Rule] = (),
+        directory: str | Path = "sweep",
+        seed: int = 0,
+        patience: int | None = None,
+        repeats: int = 1,
+        timeout: float | None = None,
+        storage: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        require_type("monitor", monitor, str)
+        require_choice("mode", mode, ("min", "max"))
+        budget = SuccessiveHalving() if budget is None else budget
+        executor = LocalProcesses() if executor is None else executor
+        require_type("budget", budget, Budget)
+        require_type("executor", executor, Executor)
+        require_whole("seed", seed, 0)
+        require_whole("repeats", repeats, 1)
+        if timeout is not None:
+            require_in("timeout", timeout, 0, float("inf"), closed="neither")
+        _require_rounds(patience, budget)
+        require_free_arguments(trainer or {})
+        space = candidates if isinstance(candidates, SearchSpace) else None
+        named = space.candidates() if space else as_candidates(candidates)  # type: ignore[arg-type]
+        self._plan = Plan(
+            candidates=named,
+            space=space,
+            monitor=monitor,
+            mode=mode,
+            budget=budget,
+            trainer=dict(trainer or {}),
+            constraints=as_rules(constraints),
+            directory=Path(directory).absolute(),
+            seed=seed,
+            patience=patience,
+            repeats=repeats,
+            timeout=timeout,
+        )
+        for name in named:
+            executor.check(self._plan.trainer_of(name), timeout)
+        self._executor = executor
+        self._storage = storage
+        self._progress = progress
+
+    def run(self, data: Any = None, val_dataloaders: Any = None) -> SweepResult:
+        """Train until the budget is spent, or go on with a sweep that was interrupted; a finished one is only read.
+
+        Args:
+            data: A LightningDataModule, or training loaders. None if candidates have their own.
+            val_dataloaders: Validation loaders, beside training loaders.
+
+        Returns:
+            All candidates, the best first.
+
+        Raises:
+            AllFailedError: If no candidate could be trained, with the reason of each.
+            TypeError: If candidates or data can't be pickled.
+            ValueError: If the directory holds another sweep, or another process works in it.
+        """
+        plan = self._plan
+        with _locked(plan.directory):
+            space = plan.space
+            storage = self._storage or f"journal:{plan.directory / 'journal.log'}"
+            sampler = None if space is None else space.sampler
+            ledger = Ledger(storage, plan.directory.name, plan.mode, sampler)
+            if ledger.description:
+                require_same(ledger.description, plan.describe(), plan.directory)
+            else:
+                ledger.describe(plan.describe())
+            plan.write_data((data, val_dataloaders))
+            with Display(plan.monitor, self._progress) as display:
+                Driver(plan, ledger, self._executor, display).run()
+            result = ranked(plan, ledger.records())
+        if result.best.score is None:
+            reasons = "; ".join(f"{c.name}: {c.state}: {c.reason}" for c in result.candidates)
+            raise AllFailedError(
+                f"At least one candidate must train. Found that none does: {reasons}. Their output is in log.txt under "
+                f"{str(plan.directory / 'trials')!r}. Correct them and give a new directory."
+            )
+        return result
+
+    @override
+    def __repr__(self) -> str:
+        plan = self._plan
+        return (
+            f"ArchitectureSweep({plan.names!r}, monitor={plan.monitor!r}, mode={plan.mode!r}, budget={plan.budget!r}, "
+            f"executor={self._executor!r}, directory={str(plan.directory)!r})"
+        )
+
+
+def _require_rounds(patience: int | None, budget: Budget) -> None:
+    """Raise unless ``patience`` makes sense for ``budget``.
+
+    Raises:
+        ValueError: If it doesn't.
+    """
+    if patience is None:
+        return
+    require_whole("patience", patience, 1)
+    if isinstance(budget, AsynchronousHalving):
+        raise ValueError(
+            f"`patience` counts rounds, of which `AsynchronousHalving` has none. Found `patience = {patience}`. "
+            "Leave it out, or take `SuccessiveHalving`."
+        )
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other drivers out of ``directory``; the lock goes with the process, however that ends.
+
+    Raises:
+        ValueError: If it holds something else, or another process works in it.
+    """
+    lock = directory / "sweep.lock"
+    if directory.exists() and not lock.exists() and any(directory.iterdir()):
+        raise ValueError(
+            f"`directory` must be new, empty, or of this sweep. Found {str(directory)!r} with "
+            f"{sorted(path.name for path in directory.iterdir())[0]!r} in it. Give another."
+        )
+    import fcntl  # not on Windows, where everything else can be imported
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"One process may run a sweep in {str(directory)!r} at a time. Found that process {file.read() or '?'} "
+                "does. Wait for it, or give another directory."
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

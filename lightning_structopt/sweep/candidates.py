@@ -1,0 +1,144 @@
+"""What a sweep chooses among: named callables that build LightningModules, and how to tell that one has changed."""
+
+import functools
+import hashlib
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cloudpickle  # type: ignore[import-untyped]
+
+Build = Callable[..., Any]
+# What the budget and the directory decide.
+_OWNED = (
+    "max_epochs",
+    "min_epochs",
+    "max_steps",
+    "min_steps",
+    "max_time",
+    "default_root_dir",
+    "fast_dev_run",
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A callable that builds a LightningModule, with what it brings along.
+
+    Args:
+        build: Takes no arguments and returns a new LightningModule each time.
+        data: A LightningDataModule or training loaders of its own, instead of those given to ``run``.
+        trainer: Arguments of the Trainer, over those of the sweep: callbacks, precision, gradient clipping.
+
+    Raises:
+        TypeError: If ``build`` can't be called.
+        ValueError: If ``trainer`` has an argument that the budget decides.
+
+    Example:
+        >>> Candidate(dict).trainer
+        {}
+    """
+
+    build: Build
+    data: Any = None
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not callable(self.build):
+            raise TypeError(
+                f"A candidate must be a callable that returns a LightningModule. Found {self.build!r}. "
+                "Give a function, a class or a `functools.partial`, not a module that is built."
+            )
+        require_free_arguments(self.trainer)
+
+
+def as_candidates(candidates: Mapping[str, Any] | Sequence[Any]) -> dict[str, Candidate]:
+    """Return the candidates by name; those of a list are called by their functions.
+
+    Raises:
+        TypeError: If ``candidates`` is neither a dict nor a list, or one isn't callable.
+        ValueError: If there are none, or two have one name.
+    """
+    if isinstance(candidates, Mapping):
+        named = list(candidates.items())
+    elif isinstance(candidates, Sequence) and not isinstance(candidates, str):
+        named = [(_name(candidate), candidate) for candidate in candidates]
+    else:
+        raise TypeError(
+            f"`candidates` must be a dict of callables by name, or a list of callables. Found {candidates!r}."
+        )
+    if not named:
+        raise ValueError("`candidates` must have at least one candidate. Found none.")
+    names = [name for name, _ in named]
+    if not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"Names of `candidates` must be strings. Found {names!r}.")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Candidates need names of their own. Found {twice[0]!r} twice. Give a dict.")
+    return {name: c if isinstance(c, Candidate) else Candidate(c) for name, c in named}
+
+
+def require_free_arguments(trainer: Mapping[str, Any]) -> None:
+    """Raise if ``trainer`` has an argument that isn't the user's to give.
+
+    Raises:
+        ValueError: If it has.
+    """
+    if taken := [name for name in _OWNED if name in trainer]:
+        raise ValueError(
+            f"`trainer` must leave {taken[0]!r} to the sweep. Found `{taken[0]}={trainer[taken[0]]!r}`. "
+            "Say by `budget` how long candidates train and by `directory` where they write."
+        )
+
+
+def fingerprint(candidate: Candidate) -> str:
+    """Return a short text that differs where ``candidate`` does: its code, its defaults, what it closes over.
+
+    Of functions that it calls only the names count.
+    """
+    found = hashlib.sha256()
+    for part in _parts(candidate.build):
+        found.update(part)
+    if candidate.trainer:
+        found.update(repr(sorted(candidate.trainer)).encode())
+    return found.hexdigest()[:16]
+
+
+def _name(candidate: Any) -> str:
+    build = candidate.build if isinstance(candidate, Candidate) else candidate
+    while isinstance(build, functools.partial):
+        build = build.func
+    return str(getattr(build, "__name__", type(build).__name__))
+
+
+def _parts(value: Any) -> list[bytes]:
+    if isinstance(value, functools.partial):
+        return [
+            *_parts(value.func),
+            *(part for argument in value.args for part in _parts(argument)),
+            *(
+                part
+                for name in sorted(value.keywords)
+                for part in (name.encode(), *_parts(value.keywords[name]))
+            ),
+        ]
+    if isinstance(value, types.MethodType):
+        return [*_parts(value.__func__), *_parts(value.__self__)]
+    if isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        held = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells]
+        return [*_code(value.__code__), *(part for item in held for part in _parts(item))]
+    if isinstance(value, type):
+        methods = (vars(value)[name] for name in sorted(vars(value)))
+        codes = [part for m in methods if isinstance(m, types.FunctionType) for part in _code(m.__code__)]
+        return [value.__qualname__.encode(), *codes]
+    if isinstance(value, (str, bytes, int, float, complex, type(None))):
+        return [repr(value).encode()]
+    return [bytes(cloudpickle.dumps(value))]
+
+
+def _code(code: types.CodeType) -> list[bytes]:
+    inner = [part for c in code.co_consts if isinstance(c, types.CodeType) for part in _code(c)]
+    plain = [repr(c) for c in code.co_consts if not isinstance(c, (types.CodeType, frozenset))]
+    # A function's first constant is its docstring, which changes nothing.
+    return [code.co_code, repr((plain, code.co_names)).encode(), *inner]

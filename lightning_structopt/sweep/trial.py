@@ -1,0 +1,118 @@
+"""One rung of one candidate, as it runs in a process of its own."""
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import cloudpickle  # type: ignore[import-untyped]
+import lightning.pytorch as pl
+import torch
+
+from lightning_structopt._checks import require_lightning
+from lightning_structopt.sweep.callback import ExactResume, RefusedError, Rung, UnsoundError
+from lightning_structopt.sweep.candidates import Candidate
+from lightning_structopt.sweep.channel import Channel
+from lightning_structopt.sweep.spec import Send, TrialSpec
+
+_QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def run_trial(spec: TrialSpec, send: Send) -> None:
+    """Train a candidate up to its rung; what comes of it goes through ``send``, and nothing is raised.
+
+    Args:
+        spec: What to do.
+        send: Takes ``{"costs": ...}``, one ``{"epoch": ..., "score": ...}`` for each epoch, and in the end
+            ``{"done": ...}``, ``{"refused": reason}`` or ``{"failed": reason}``.
+    """
+    finished: list[dict[str, Any]] = []
+    start = monotonic()
+
+    def forward(message: dict[str, Any]) -> None:
+        # The last word is only said when training is torn down, so that nothing can still go wrong after it.
+        (finished.append if "done" in message else send)(message)
+
+    try:
+        _fit(spec, forward)
+    except RefusedError as refusal:
+        send({"refused": str(refusal)})
+    except UnsoundError as reason:
+        send({"failed": str(reason)})
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        traceback.print_exc()
+        lines = str(error).strip().splitlines()
+        send({"failed": f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__})
+    else:
+        for message in finished:
+            send({"done": message["done"] | {"seconds": monotonic() - start}})
+
+
+def _fit(spec: TrialSpec, send: Send) -> None:
+    sys.path[:] = [*spec.import_path] or sys.path
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    candidate, arguments, rules, parameters = cloudpickle.loads(Path(spec.candidate).read_bytes())
+    data = (
+        cloudpickle.loads(Path(spec.data).read_bytes()) if candidate.data is None else (candidate.data, None)
+    )
+    pl.seed_everything(spec.seed, workers=True, verbose=False)
+    module = build(spec.name, candidate, parameters)
+    trainer = pl.Trainer(**_arguments(spec, arguments, [ExactResume(spec), Rung(spec, rules, send)]))
+    require_lightning("ArchitectureSweep", trainer, module)
+    # Safe: this process has just run what lay beside that checkpoint, and hyperparameters may be of any class.
+    options: dict[str, Any] = {"ckpt_path": spec.resume, "weights_only": False}
+    if isinstance(data[0], pl.LightningDataModule):
+        trainer.fit(module, datamodule=data[0], **options)
+    else:
+        trainer.fit(module, *data, **options)
+
+
+def build(name: str, candidate: Candidate, parameters: Mapping[str, Any]) -> Any:
+    """Build the module of ``candidate``.
+
+    Raises:
+        TypeError: If it is no LightningModule.
+    """
+    module = candidate.build(**parameters)
+    if not isinstance(module, torch.nn.Module) or not hasattr(module, "training_step"):
+        raise TypeError(
+            f"Candidate {name!r} must return a LightningModule. Found a `{type(module).__name__}`."
+        )
+    return module
+
+
+def _arguments(spec: TrialSpec, given: Mapping[str, Any], ours: list[pl.Callback]) -> dict[str, Any]:
+    """Return the Trainer's arguments: the user's callbacks lie between ours, of which Lightning puts one last."""
+    callbacks = given.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    logger = given.get("logger", False)
+    named = callable(logger) and not isinstance(logger, pl.loggers.Logger)
+    return {
+        **_QUIET,
+        **given,
+        "logger": logger(spec.name) if named else logger,  # a function of the name: a run for each candidate
+        "callbacks": [ours[0], *callbacks, *ours[1:]],
+        "enable_checkpointing": True,  # the rung's callback counts as one; there is no other unless given
+        "max_epochs": spec.total_epochs,
+        "default_root_dir": spec.directory,
+    }
+
+
+def main(path: str) -> None:
+    """Run the trial of the spec at ``path``; ranks other than the first have nobody to tell."""
+    spec = TrialSpec.read(path)
+    descriptor = os.environ.pop("STRUCTOPT_CHANNEL", None)
+    if descriptor is None:
+        _fit(spec, _ignore)
+        return
+    channel = Channel(int(descriptor))
+    channel.die_with_driver()
+    run_trial(spec, channel.send)
+
+
+def _ignore(message: dict[str, Any]) -> None:
+    """Only the first rank has somebody to tell."""
