@@ -3,20 +3,19 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_structopt._checks import require_choice, require_type, require_whole
 from lightning_structopt.pruning.criteria import Criterion, Magnitude
+from lightning_structopt.shrinking.budget import Budget
 from lightning_structopt.shrinking.choice import Order, Scope, importance
 from lightning_structopt.shrinking.groups import ChannelGroup
 from lightning_structopt.shrinking.removal import remove
 from lightning_structopt.shrinking.report import ShrinkReport
 from lightning_structopt.shrinking.same_class import without_hard_coded
 from lightning_structopt.shrinking.structure import Structure, structure_of
-from lightning_structopt.shrinking.targets import Target
-
-TOLERANCE = 0.02
+from lightning_structopt.shrinking.targets import Latency, Target
+from lightning_structopt.shrinking.timing import time_of, warn_if_missed
 
 
 def prune_channels(
@@ -39,7 +38,8 @@ def prune_channels(
 
     Args:
         module: The module; left as it is.
-        target: How much to keep: ``FLOPs(0.5)``, ``Parameters(0.3)`` or ``ChannelRatio(0.5)``.
+        target: How much to keep: ``FLOPs(0.5)``, ``Parameters(0.3)``, ``ChannelRatio(0.5)``, ``Latency(0.6)`` or
+            ``MaxBytes(1_000_000)``.
         example_input: What its ``forward`` takes, a tuple for several. Its batch should be of at least 2.
         criterion: How important a weight is; :class:`~lightning_structopt.Magnitude` if not given.
         scope: ``"layer"`` takes the same fraction everywhere; ``"global"`` compares members of all groups, each
@@ -105,36 +105,31 @@ def channel_report(
     require_whole("round_to", round_to, 1)
     require_whole("minimum", minimum, 1)
     structure = structure_of(module, example_input, exclude)
+    groups = groups_to_choose_from(structure, include_normalized, same_class)
+    order = Order.by(groups, importance(module, groups, criterion), scope, round_to, minimum)
+    budget = Budget(structure, groups, target)
+    budget.require_reachable(order)
+    report = remove(structure, budget.choose(order), include_normalized)
+    if isinstance(target, Latency):
+        warn_if_missed(target.keep, *(time_of(each, structure.inputs) for each in (module, report.module)))
+    return report
+
+
+def groups_to_choose_from(
+    structure: Structure, include_normalized: bool, same_class: bool
+) -> list[ChannelGroup]:
+    """Return the groups of which members may go.
+
+    Raises:
+        ValueError: If there are none.
+    """
     groups = structure.groups(include_normalized)
     if same_class:
         groups = without_hard_coded(structure, groups)
     if not groups:
         raise ValueError(
-            "`prune_channels` needs channels that can go. Found none: all reach the output, are excluded, are under "
+            "Pruning channels needs some that can go. Found none: all reach the output, are excluded, are under "
             "a norm, have sizes that are written into code, or go through operators without a rule. "
             "`shrink_report(...).explain()` says which."
         )
-    order = Order.by(groups, importance(module, groups, criterion), scope, round_to, minimum)
-    dropped = _chosen(structure, groups, target, order)
-    return remove(structure, dropped, include_normalized)
-
-
-def _chosen(structure: Structure, groups: list[ChannelGroup], target: Target, order: Order) -> Tensor:
-    """Return the classes to remove so that the target is met.
-
-    Raises:
-        ValueError: If it can't be.
-    """
-    measure = target.cost(structure, groups)
-
-    def cost(dropped: Tensor) -> int:
-        return measure(structure.kept_without(dropped))
-
-    whole = cost(torch.empty(0, dtype=torch.int64))
-    least = cost(order.dropped(len(order.sequence)))
-    if least > (target.keep + TOLERANCE) * whole:
-        raise ValueError(
-            f"`{target!r}` must be within reach. Found that {least / whole:.3f} is left at the least. Keep more, or "
-            "allow more: a smaller `minimum` or `round_to`, a shorter `exclude`, `include_normalized=True`."
-        )
-    return order.search(cost, target.keep * whole)
+    return groups

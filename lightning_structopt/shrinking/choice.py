@@ -1,6 +1,5 @@
 """Which members of the groups go, so that a target is met."""
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -9,13 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_structopt.pruning.criteria import Criterion, Evidence
-from lightning_structopt.shrinking.groups import ChannelGroup
+from lightning_structopt.shrinking.groups import ChannelGroup, Slot
 
 Scope: TypeAlias = Literal["layer", "global"]
 
 
 @torch.no_grad()
-def importance(module: nn.Module, groups: Sequence[ChannelGroup], criterion: Criterion) -> list[Tensor]:
+def importance(
+    module: nn.Module,
+    groups: Sequence[ChannelGroup],
+    criterion: Criterion,
+    evidence: Evidence | None = None,
+) -> list[Tensor]:
     r"""Return the importance of each member of each group: the scores of all its weights, added up.
 
     :math:`I_m = \sum_{(W, d)} \sum_{i \in m} \sum_j s(W)_{..i..j..}`, over the weights :math:`W` of two or more
@@ -25,27 +29,30 @@ def importance(module: nn.Module, groups: Sequence[ChannelGroup], criterion: Cri
         module: The module.
         groups: Its groups.
         criterion: How important a weight is.
+        evidence: What else is known; of the module alone if not given.
     """
-    named = dict(module.named_parameters())
-    dims: dict[str, set[int]] = defaultdict(set)
-    for group in groups:
-        for name, dim in group.slots:
-            dims[name].add(dim)
-    parameters = {name: each for name, each in named.items() if name in dims and each.ndim > 1}
+    parameters = scored_parameters(module, groups)
     if not parameters:
         return [torch.zeros(group.size) for group in groups]
     criterion.require(module, parameters)
     weights = {name: parameter.detach() for name, parameter in parameters.items()}
-    scores = criterion.score(weights, Evidence(module))
-    sums: dict[tuple[str, int], Tensor] = {}
-    for name in parameters:
-        dense = scores.dense(name)
-        for dim in dims[name]:
-            sums[name, dim] = dense.transpose(0, dim).flatten(1).sum(1).cpu()
+    scores = criterion.score(weights, Evidence(module) if evidence is None else evidence)
+    sums: dict[Slot, Tensor] = {}
+    for name, dim in dict.fromkeys(slot for group in groups for slot in group.slots):
+        if name in parameters:
+            sums[name, dim] = scores.dense(name).transpose(0, dim).flatten(1).sum(1).cpu()
     return [_member_sums(group, sums) for group in groups]
 
 
-def _member_sums(group: ChannelGroup, sums: dict[tuple[str, int], Tensor]) -> Tensor:
+def scored_parameters(module: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, nn.Parameter]:
+    """Return the weights of two or more dimensions that members of the groups have a part of."""
+    names = {name for group in groups for name, _ in group.slots}
+    return {
+        name: each for name, each in module.named_parameters() if name in names and each.ndim > 1
+    }  # fmt: skip
+
+
+def _member_sums(group: ChannelGroup, sums: dict[Slot, Tensor]) -> Tensor:
     total = torch.zeros(group.size)
     for slot, indices in group.slots.items():
         if slot in sums:
@@ -79,6 +86,7 @@ class Order:
         scope: Scope,
         round_to: int,
         minimum: int,
+        gone: Sequence[Tensor] | None = None,
     ) -> "Order":
         """Order members by importance.
 
@@ -89,14 +97,17 @@ class Order:
                 each relative to the mean of its group.
             round_to: As in the class.
             minimum: As in the class.
+            gone: For each group, which members are gone already (bool): they come first.
         """
+        if scope == "global":
+            scores = [each / each.mean().clamp(min=1e-12) for each in scores]
+        if gone is not None:
+            scores = [each.masked_fill(out, -torch.inf) for each, out in zip(scores, gone, strict=True)]
         ranks = [each.argsort(stable=True) for each in scores]
         if scope == "layer":
             keys = [(torch.arange(len(each)) + 0.5) / len(each) for each in ranks]
         else:
-            keys = [
-                (each / each.mean().clamp(min=1e-12))[rank] for each, rank in zip(scores, ranks, strict=True)
-            ]
+            keys = [each[rank] for each, rank in zip(scores, ranks, strict=True)]
         owners = [torch.full((len(each),), number) for number, each in enumerate(ranks)]
         order = torch.cat(keys).argsort(stable=True)
         return cls(groups, ranks, torch.cat(owners)[order], round_to, minimum)
@@ -118,12 +129,13 @@ class Order:
             rounded += self.round_to
         return min(rounded, size)
 
-    def search(self, cost: Callable[[Tensor], float], goal: float) -> Tensor:
+    def search(self, cost: Callable[[Tensor], float], goal: float, at_most: bool = False) -> Tensor:
         """Return the removals whose cost is nearest to ``goal``.
 
         Args:
             cost: The cost after removing some classes; it never grows with their number.
             goal: What it shall be.
+            at_most: Whether it must not be more.
         """
         low, high = 0, len(self.sequence)
         while low < high:  # the fewest steps that are enough
@@ -132,5 +144,7 @@ class Order:
                 high = middle
             else:
                 low = middle + 1
+        if at_most:
+            return self.dropped(low)
         candidates = [self.dropped(steps) for steps in (low, max(0, low - 1))]
         return min(candidates, key=lambda each: abs(cost(each) - goal))

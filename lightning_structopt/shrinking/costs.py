@@ -1,6 +1,6 @@
 """What a module would cost if only some labels were kept, without making it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
 import torch
@@ -9,28 +9,37 @@ from torch import Tensor, fx, nn
 from lightning_structopt.shrinking.labels import Labelled
 from lightning_structopt.shrinking.literals import Sizes
 from lightning_structopt.shrinking.operators import arguments_of, operator_name
-from lightning_structopt.shrinking.tracing import Trace
+from lightning_structopt.shrinking.tracing import Trace, tensors_of
 
-Cost: TypeAlias = "Callable[[Tensor], int]"
+Cost: TypeAlias = "Callable[[Tensor], float]"
 """Of the labels that are kept (bool, one for each label), what the module costs then."""
 
 
 def parameter_count(module: nn.Module, traced: Trace) -> Cost:
     """Return what counts the parameters, those that are shared once."""
-    sizes = {name: list(parameter.shape) for name, parameter in module.named_parameters()}
-    origins = [origin for origin in traced.origins if origin.name in sizes]
+    return _element_count(dict(module.named_parameters()), dict.fromkeys(tensors_of(module), 1), traced)
+
+
+def size_count(module: nn.Module, traced: Trace) -> Cost:
+    """Return what counts the bytes of parameters and buffers, those that are shared once."""
+    tensors = tensors_of(module)
+    return _element_count(tensors, {name: each.element_size() for name, each in tensors.items()}, traced)
+
+
+def _element_count(tensors: Mapping[str, Tensor], weights: Mapping[str, int], traced: Trace) -> Cost:
+    origins = [origin for origin in traced.origins if origin.name in tensors]
 
     def cost(kept: Tensor) -> int:
         running = torch.nn.functional.pad(kept.long().cumsum(0), (1, 0))
-        shapes = {name: list(shape) for name, shape in sizes.items()}
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         for origin in origins:
             shapes[origin.name][origin.dim] = int(running[origin.first + origin.size] - running[origin.first])
-        return sum(torch.Size(shape).numel() for shape in shapes.values())
+        return sum(weights[name] * torch.Size(shape).numel() for name, shape in shapes.items())
 
     return cost
 
 
-def flop_count(traced: Trace) -> Cost:
+def flop_count(traced: Trace) -> "Callable[[Tensor], int]":
     """Return what counts floating-point operations as :mod:`torch.utils.flop_counter` does.
 
     Two for each multiplication and addition of convolutions, matrix products, attention and recurrent layers,

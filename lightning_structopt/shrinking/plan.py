@@ -1,12 +1,12 @@
 """What of a module is kept, as plain data: names and indices."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_structopt.shrinking.graph_form import smaller_graph
 from lightning_structopt.shrinking.surgery import set_attributes, smaller_copy
@@ -53,7 +53,7 @@ class ShrinkPlan:
         Raises:
             ValueError: If the plan is for another class, for other shapes, or needs an example input.
         """
-        self._require_fits(module)
+        self.require_fits(module)
         if self.form == "graph":
             if example_input is None:
                 raise ValueError(
@@ -65,24 +65,41 @@ class ShrinkPlan:
         set_attributes(small, self.attributes)
         return small
 
-    def _require_fits(self, module: nn.Module) -> None:
+    def require_fits(self, module: nn.Module) -> None:
+        """Raise unless ``module`` is of the class and the sizes that the plan was made for.
+
+        Raises:
+            ValueError: If it isn't.
+        """
         if class_name(module) != self.module_class:
             raise ValueError(
                 f"A plan fits the class that it was made for, `{self.module_class}`. Found "
                 f"`{class_name(module)}`. Give a fresh module of that class."
             )
+        require_same_shapes("A plan", self.shapes, tensors_of(module))
+
+    def is_done(self, module: nn.Module) -> bool:
+        """Tell whether ``module`` has the shapes that it has after :meth:`apply`."""
         tensors = tensors_of(module)
-        for name, shape in self.shapes.items():
-            found = list(tensors[name].shape) if name in tensors else "none"
-            if found != list(shape):
-                raise ValueError(
-                    f"A plan fits modules of the sizes that it was made for: `{name}` of shape {list(shape)}. Found "
-                    f"{found}. Make the module with the arguments that it had, and don't shrink it twice."
-                )
+        return all(
+            name in tensors and list(tensors[name].shape) == shape
+            for name, shape in self.small_shapes().items()
+        )
+
+    def small_shapes(self) -> dict[str, list[int]]:
+        """Return the shapes of parameters and buffers afterwards."""
+        return {
+            name: [len(self.kept[name].get(dim, range(size))) for dim, size in enumerate(shape)]
+            for name, shape in self.shapes.items()
+        }
+
+    def as_data(self) -> dict[str, Any]:
+        """Return the plan as plain data, which :meth:`from_data` reads."""
+        return {"version": VERSION, **asdict(self)}
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a JSON file."""
-        Path(path).write_text(json.dumps({"version": VERSION, **asdict(self)}))
+        Path(path).write_text(json.dumps(self.as_data()))
 
     @classmethod
     def load(cls, path: str | Path) -> "ShrinkPlan":
@@ -128,6 +145,28 @@ class ShrinkPlan:
                 f"A plan has `module_class`, `kept`, `shapes`, `attributes` and `form`. Found {error!r}. Save one "
                 "by `plan.save`."
             ) from error
+
+
+def require_same_shapes(
+    what: str, shapes: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Raise unless tensors have the shapes that they had.
+
+    Args:
+        what: What was made for these shapes.
+        shapes: The shapes by name.
+        tensors: The tensors by name; others don't count.
+
+    Raises:
+        ValueError: If one is missing or has another shape.
+    """
+    for name, shape in shapes.items():
+        found = list(tensors[name].shape) if name in tensors else "none"
+        if found != list(shape):
+            raise ValueError(
+                f"{what} fits modules of the sizes that it was made for: `{name}` of shape {list(shape)}. Found "
+                f"{found}. Make the module with the arguments that it had, and don't shrink it twice."
+            )
 
 
 def class_name(module: nn.Module) -> str:

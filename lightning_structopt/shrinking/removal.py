@@ -35,7 +35,7 @@ def remove(structure: Structure, dropped: Tensor, changes_outputs: bool = False)
     lists = kept_indices(traced, kept)
     shapes = {name: list(tensor.shape) for name, tensor in tensors_of(module).items() if name in lists}
     masked = copy.deepcopy(module)
-    zero_out(masked, _dropped_indices(structure, kept))
+    zero_out(masked, dropped_indices(structure, kept))
     trial = Trial(structure, masked, lists, changes_outputs)
     edits = trial.choose(kept)
     if edits is not None:
@@ -53,7 +53,7 @@ def remove(structure: Structure, dropped: Tensor, changes_outputs: bool = False)
     return _report(structure, small, plan, kept, trial.checked(small))
 
 
-def _dropped_indices(structure: Structure, kept: Tensor) -> dict[str, dict[int, Tensor]]:
+def dropped_indices(structure: Structure, kept: Tensor) -> dict[str, dict[int, Tensor]]:
     """Return which indices of parameters to zero: not of directions, which are divided by their length."""
     own = kept.clone()
     for labels in structure.traced.space.directions:

@@ -23,22 +23,24 @@ def smaller_copy(module: nn.Module, kept: Mapping[str, Mapping[int, list[int]]])
     for name, dims in kept.items():
         owner, _, leaf = name.rpartition(".")
         old = getattr(module.get_submodule(owner), leaf)
-        memo[id(old)] = _smaller(old, dims)
+        new = smaller_tensor(old, dims)
+        memo[id(old)] = (
+            type(old)(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+        )
     # What deepcopy finds in its memo it takes as copied, wherever it meets it: tied weights, the list of weights
     # that a recurrent layer keeps.
     return copy.deepcopy(module, memo)
 
 
 @torch.no_grad()
-def _smaller(old: Tensor, dims: Mapping[int, list[int]]) -> Tensor:
+def smaller_tensor(old: Tensor, dims: Mapping[int, list[int]]) -> Tensor:
+    """Return a tensor of the given indices along each dimension, in the same memory format."""
     new = old.detach()
     for dim, indices in dims.items():
         new = new.index_select(dim, torch.tensor(indices, device=new.device))
     if old.ndim == 4 and old.is_contiguous(memory_format=torch.channels_last) and not old.is_contiguous():
         new = new.contiguous(memory_format=torch.channels_last)
-    if not isinstance(old, nn.Parameter):
-        return new
-    return type(old)(new, requires_grad=old.requires_grad)
+    return new
 
 
 def set_attributes(module: nn.Module, attributes: Mapping[str, Mapping[str, Any]]) -> None:

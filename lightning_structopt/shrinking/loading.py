@@ -1,0 +1,85 @@
+"""Loading the smaller module of a checkpoint."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_structopt.shrinking.plan import ShrinkPlan
+
+OWNER = "ChannelPruning"  # under this key Lightning keeps the callback's state in a checkpoint
+_Module = TypeVar("_Module")
+
+
+def load_shrunk(module_class: type[_Module], checkpoint: str | Path, **init: Any) -> _Module:
+    """Load the smaller module of a checkpoint that a training with ``ChannelPruning`` saved.
+
+    The module is made as ``load_from_checkpoint`` makes it, and then shrunk by the plan in the checkpoint. Nothing
+    that is read can run code.
+
+    Args:
+        module_class: The LightningModule's class.
+        checkpoint: The file. It must have been saved after the pruning window closed.
+        **init: Arguments of the class, as for ``load_from_checkpoint``: those that ``save_hyperparameters`` did not
+            save.
+
+    Returns:
+        The smaller module, on the CPU.
+
+    Raises:
+        ValueError: If the checkpoint has no plan.
+
+    Example:
+        >>> small = load_shrunk(MyModule, "last.ckpt")  # doctest: +SKIP
+    """
+    loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    plan = plan_in(loaded)
+    if plan is None:
+        raise ValueError(
+            "A checkpoint with a smaller module is saved by a training with `ChannelPruning`, after its window "
+            f"closed. Found none of its plans in {str(checkpoint)!r}. Take a later checkpoint, or load the module "
+            "and call `so.shrink(module, example_input)`."
+        )
+    loaded["state_dict"] = whole_again(loaded["state_dict"], plan)
+    buffer = io.BytesIO()
+    torch.save(loaded, buffer)
+    buffer.seek(0)
+    module = module_class.load_from_checkpoint(  # type: ignore[attr-defined]
+        buffer, map_location="cpu", weights_only=True, **init
+    )
+    small: _Module = plan.apply(module)  # type: ignore[assignment]
+    return small
+
+
+def plan_in(checkpoint: Mapping[str, Any]) -> ShrinkPlan | None:
+    """Return the plan in a checkpoint, if it has one."""
+    data = checkpoint.get("callbacks", {}).get(OWNER, {}).get("plan")
+    return None if data is None else ShrinkPlan.from_data(data)
+
+
+def whole_again(state: Mapping[str, Tensor], plan: ShrinkPlan) -> dict[str, Tensor]:
+    """Put zeros where a smaller module's state dict has nothing any more; what is whole stays.
+
+    Args:
+        state: A state dict, of the module before or after it was made smaller.
+        plan: What is kept.
+    """
+    small = plan.small_shapes()
+    # Tied weights have several names in a state dict, of which the plan has the first.
+    first = {state[name].data_ptr(): name for name in small if name in state}
+    result = dict(state)
+    for name, tensor in state.items():
+        known = name if name in small else first.get(tensor.data_ptr())
+        if known is not None and list(tensor.shape) == small[known]:
+            result[name] = _scattered(tensor, plan.kept[known], plan.shapes[known])
+    return result
+
+
+def _scattered(small: Tensor, kept: Mapping[int, list[int]], shape: list[int]) -> Tensor:
+    whole = small.new_zeros(shape)
+    places = [torch.tensor(kept.get(dim, range(size))) for dim, size in enumerate(shape)]
+    whole[torch.meshgrid(*places, indexing="ij")] = small
+    return whole

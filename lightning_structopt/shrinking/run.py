@@ -1,0 +1,222 @@
+"""One training's worth of channel pruning, as plain tensor code: the callback tells it when."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_structopt.pruning.criteria import Criterion
+from lightning_structopt.pruning.evidence import EvidenceCollector
+from lightning_structopt.pruning.guard import ZeroGuard
+from lightning_structopt.pruning.masks import MaskSet
+from lightning_structopt.pruning.raw_steps import RawSteps
+from lightning_structopt.shrinking.budget import NOTHING, Budget
+from lightning_structopt.shrinking.choice import Order, Scope, importance, scored_parameters
+from lightning_structopt.shrinking.costs import flop_count
+from lightning_structopt.shrinking.graph_form import kept_labels
+from lightning_structopt.shrinking.groups import ChannelGroup
+from lightning_structopt.shrinking.plan import require_same_shapes
+from lightning_structopt.shrinking.removal import dropped_indices, remove
+from lightning_structopt.shrinking.report import ShrinkReport
+from lightning_structopt.shrinking.structure import Structure
+from lightning_structopt.shrinking.targets import Target
+from lightning_structopt.shrinking.trial import kept_indices
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What restricts the choice of channels.
+
+    Args:
+        scope: Whether all groups lose the same fraction, or members of all groups are compared.
+        round_to: What remains of a group is a multiple of it, or all.
+        minimum: How many members of a group remain at least.
+        include_normalized: Whether what a normalization reduces over may go.
+    """
+
+    scope: Scope
+    round_to: int
+    minimum: int
+    include_normalized: bool
+
+
+class ChannelRun:
+    """The channels of one training that are gone, with what holds them at zero.
+
+    Args:
+        structure: The module that is trained, traced.
+        groups: Its groups that can get smaller.
+        target: How small it shall get.
+        criterion: How important a weight is.
+        limits: What restricts the choice.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        groups: list[ChannelGroup],
+        target: Target,
+        criterion: Criterion,
+        limits: Limits,
+    ) -> None:
+        self.structure = structure
+        self.groups = groups
+        self.budget = Budget(structure, groups, target)
+        self.dropped = NOTHING
+        names = {name for group in groups for name, _ in group.slots}
+        self.masks = MaskSet({n: p for n, p in structure.module.named_parameters() if n in names})
+        self.guard = ZeroGuard(self.masks)
+        self.collector = EvidenceCollector(criterion, scored_parameters(structure.module, groups))
+        self._limits = limits
+        self._raw_steps: RawSteps | None = None
+        self._keep = 1.0  # what was asked for last
+
+    @property
+    def left(self) -> float:
+        """The fraction of the cost that is left now."""
+        return self.budget.left(self.dropped)
+
+    @property
+    def flops(self) -> tuple[int, int]:
+        """The floating-point operations for the example input: of the whole module, and of what is left."""
+        count = flop_count(self.structure.traced)
+        return count(self.structure.kept_without(NOTHING)), count(self.structure.kept_without(self.dropped))
+
+    @torch.no_grad()
+    def rehearse(self) -> ShrinkReport:
+        """Remove as much from a copy as the target says, to see that it works.
+
+        Raises:
+            ValueError: If the target is out of reach, or the smaller module would not be of the same class.
+        """
+        order = self._order([torch.zeros(group.size) for group in self.groups])
+        self.budget.require_reachable(order)
+        return self._removed(self.budget.choose(order))
+
+    def attach(self, optimizers: Sequence[Optimizer]) -> None:
+        """Begin to watch the module and its ``optimizers``.
+
+        Raises:
+            ValueError: If the criterion can't score the weights of the module.
+        """
+        self.collector.attach(self.structure.module)
+        # Callbacks that come later may still change gradients.
+        self.guard.attach(optimizers, gradients_are_final=False)
+
+    def act_before_raw_steps(self, act: Callable[[Optimizer], None], optimizers: Sequence[Optimizer]) -> None:
+        """Call ``act`` before each step of ``optimizers`` that :meth:`announce` did not announce."""
+        self._raw_steps = RawSteps(act)
+        self._raw_steps.attach(optimizers)
+
+    def announce(self, optimizer: Optimizer) -> None:
+        """Say that Lightning's hook came for the step that ``optimizer`` is about to take."""
+        if self._raw_steps is not None:
+            self._raw_steps.announce(optimizer)
+
+    def detach(self) -> None:
+        """Stop watching."""
+        if self._raw_steps is not None:
+            self._raw_steps.detach()
+        self.collector.detach()
+        self.guard.detach()
+
+    @torch.no_grad()
+    def prune(self, keep: float) -> bool:
+        """Drop channels until ``keep`` of the cost is left, and tell whether any went."""
+        if keep >= self._keep:
+            return False
+        self._keep = keep
+        evidence = self.collector.evidence(self.structure.module, self.masks.sharding)
+        scores = importance(self.structure.module, self.groups, self.collector.criterion, evidence)
+        chosen = self.budget.choose(self._order(scores), keep)
+        dropped = torch.unique(torch.cat([self.dropped, chosen]))
+        if len(dropped) == len(self.dropped):
+            return False
+        self._drop(dropped)
+        self.collector.forget()
+        return True
+
+    def _order(self, scores: Sequence[Tensor]) -> Order:
+        gone = [torch.isin(group.classes, self.dropped) for group in self.groups]
+        limits = self._limits
+        return Order.by(self.groups, scores, limits.scope, limits.round_to, limits.minimum, gone)
+
+    def _drop(self, dropped: Tensor) -> None:
+        self.dropped = dropped
+        self.masks.update(self._masks_without(dropped))
+
+    def _masks_without(self, dropped: Tensor) -> dict[str, Tensor]:
+        masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self.masks.parameters.items()}
+        gone = dropped_indices(self.structure, self.structure.kept_without(dropped))
+        for name, dims in gone.items():
+            for dim, indices in dims.items():
+                masks[name].index_fill_(dim, indices.to(masks[name].device), False)
+        return masks
+
+    def forget_pruned(self, optimizers: Sequence[Optimizer], averages: Sequence[nn.Module]) -> None:
+        """Zero what is gone in the state of optimizers and in averaged modules, where it then stays."""
+        for optimizer in optimizers:
+            self.masks.apply_to_state(optimizer)
+        for average in averages:
+            self.masks.apply_to_copy(average)
+
+    def removed(self) -> ShrinkReport:
+        """Return a copy of the module without what is gone.
+
+        Raises:
+            ValueError: If it would compute something else, or not be of the same class.
+        """
+        return self._removed(self.dropped)
+
+    def _removed(self, dropped: Tensor) -> ShrinkReport:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*has sizes written into its code")  # an error here
+            report = remove(self.structure, dropped, self._limits.include_normalized)
+        if report.form == "graph":
+            raise ValueError(
+                "`ChannelPruning` makes a smaller module of the same class. Found sizes in the code of "
+                f"`{type(self.structure.module).__name__}` that no attribute can change. Name parameters of that part "
+                "in `exclude`, or prune after training by `prune_channels`, which can return the exported graph."
+            )
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything to go on from, as plain data: names, indices and what the criterion has seen."""
+        kept = kept_indices(self.structure.traced, self.structure.kept_without(self.dropped))
+        parameters = self.masks.parameters
+        return {
+            "kept": kept,
+            "shapes": {name: list(parameter.shape) for name, parameter in parameters.items()},
+            "asked": self._keep,
+            "left": self.left,
+            "evidence": self.collector.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If it does not fit the module.
+        """
+        require_same_shapes("The state of `ChannelPruning`", state["shapes"], self.masks.parameters)
+        self._keep = state["asked"]
+        self._drop(self._dropped_of(state))
+        if state["evidence"]:
+            self.collector.load_state_dict(state["evidence"])
+
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Tell whether ``state`` describes the module as it is: its shapes, and zeros where channels are gone."""
+        shapes = {name: list(parameter.shape) for name, parameter in self.masks.parameters.items()}
+        if not state.get("kept") or state["shapes"] != shapes:
+            return False
+        weights = self.masks.weights()
+        masks = self._masks_without(self._dropped_of(state))
+        return not any(bool(weights[name][~mask].any()) for name, mask in masks.items())
+
+    def _dropped_of(self, state: Mapping[str, Any]) -> Tensor:
+        kept = kept_labels(self.structure.traced, state["kept"])
+        return torch.unique(self.structure.found.classes[~kept])  # type: ignore[no-any-return]
