@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
 
 from lightning_structopt._undisturbed import undisturbed
 from lightning_structopt.blocks.rows import needs_dense_form
@@ -49,7 +50,7 @@ class Passes:
         if output.requires_grad:
             # The graph owns the hook and the hook its key, so a graph that is thrown away takes its entry along.
             key = _Key()
-            output.register_hook(_Ending(key, weakref.ref(self)))
+            output.register_hook(_Ending(key, weakref.ref(self)))  # type: ignore[no-untyped-call]
             weakref.finalize(key, _discard, weakref.ref(self), weakref.ref(entry))
 
     def clear(self) -> None:
@@ -59,6 +60,7 @@ class Passes:
     def __deepcopy__(self, memo: Any) -> "Passes":
         return Passes()
 
+    @override
     def __reduce__(self) -> tuple[type["Passes"], tuple[()]]:
         return Passes, ()
 

@@ -114,5 +114,5 @@ def squash(vectors: Tensor) -> Tensor:
         tensor([0.9000, 0.0000, 0.0000])
     """
     # Its gradient is zero at zero, where that of a square root is none.
-    length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors * length / (1 + length**2)

@@ -76,7 +76,8 @@ class ConvNet(nn.Module):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.dropout(self.pool(self.features(images))))
+        logits: Tensor = self.head(self.dropout(self.pool(self.features(images))))
+        return logits
 
 
 def _layer(

@@ -42,7 +42,8 @@ class PooledLinear(nn.Module):
                 f"{features.shape[-1]} features. Flatten images of shape (batch, channels, height, width) from "
                 "dimension 1 on."
             )
-        return self.mix(features.unflatten(-1, (self.mix.in_features, -1)).mean(-1))
+        mixed: Tensor = self.mix(features.reshape(*features.shape[:-1], self.mix.in_features, -1).mean(-1))
+        return mixed
 
 
 def convolutionalize(module: _Module, example_input: Any) -> _Module:
@@ -125,7 +126,7 @@ def _pooled(name: str, layer: nn.Linear, shapes: set[torch.Size]) -> PooledLinea
     pooled = PooledLinear(channels, layer.out_features, layer.bias is not None)
     pooled = pooled.to(layer.weight.device, layer.weight.dtype)
     with torch.no_grad():
-        pooled.mix.weight.copy_(layer.weight.unflatten(1, (channels, -1)).sum(-1))
+        pooled.mix.weight.copy_(layer.weight.reshape(layer.out_features, channels, -1).sum(-1))
         if layer.bias is not None:
             pooled.mix.bias.copy_(layer.bias)
     return pooled

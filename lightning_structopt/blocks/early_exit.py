@@ -134,7 +134,7 @@ class EarlyExit(AdaptiveBlock):
                 f"`budget` must be at least the cost of the first exit. Found `budget = {budget}` and a first exit "
                 f"that takes {float(cumulative[0]):.3f} of all operations. Raise it, or give a smaller first stage."
             )
-        candidates = torch.cat([confidences.flatten().unique(), torch.ones(1)])
+        candidates = torch.cat([confidences.flatten().sort().values, torch.ones(1)])
         low, high = 0, len(candidates) - 1  # at the lowest all leave at once, which is within the budget
         while low < high:
             middle = (low + high + 1) // 2

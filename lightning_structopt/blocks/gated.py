@@ -107,7 +107,8 @@ class GatedBlock(AdaptiveBlock):
         run = self._all if self._runs_dense else self._some
         total = run(inputs, around, opened)
         self._remember(opened.float().mean())
-        return self.activation(total)
+        output: Tensor = self.activation(total)
+        return output
 
     @override
     def expected_cost(self, inputs: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class GatedBlock(AdaptiveBlock):
         return before
 
     def _all(self, inputs: Tensor, around: Tensor, gates: Tensor) -> Tensor:
-        through = self.body(inputs)
+        through: Tensor = self.body(inputs)
         require_same_shape("GatedBlock", through, around)
         return around + over_rows(gates, through) * through
 
@@ -155,10 +156,8 @@ class GatedBlock(AdaptiveBlock):
         if len(rows) == 0 and not has_shards(self.body):
             return around
         if len(rows) == len(inputs):
-            through = self.body(inputs)
-            require_same_shape("GatedBlock", through, around)
-            return around + through
-        through = self.body(inputs[rows])
+            return self._all(inputs, around, opened)
+        through: Tensor = self.body(inputs[rows])
         require_same_shape("GatedBlock", through, around[rows])
         total = around.to(torch.promote_types(around.dtype, through.dtype))
         return total.index_add(0, rows, through.to(total.dtype))

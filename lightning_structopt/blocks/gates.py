@@ -48,7 +48,8 @@ class Gate(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         others = [dim for dim in range(1, inputs.ndim) if dim != self.dim % inputs.ndim]
         means = inputs.mean(others) if others else inputs
-        return self.net(means).squeeze(-1)
+        logits: Tensor = self.net(means)
+        return logits.squeeze(-1)
 
 
 class Relaxation(ABC):

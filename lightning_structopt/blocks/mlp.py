@@ -62,4 +62,5 @@ class MLP(nn.Module):
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.hidden(inputs.flatten(1)))
+        logits: Tensor = self.head(self.hidden(inputs.flatten(1)))
+        return logits

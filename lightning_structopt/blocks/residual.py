@@ -80,7 +80,8 @@ class ResidualBlock(nn.Module):
         if self.training and self.survival < 1:
             survives = around.new_empty(len(around)).bernoulli_(self.survival)
             through = through * over_rows(survives / self.survival, through)
-        return self.activation(around + through)
+        output: Tensor = self.activation(around + through)
+        return output
 
     @override
     def extra_repr(self) -> str:

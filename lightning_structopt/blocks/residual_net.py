@@ -85,7 +85,8 @@ class ResidualNet(nn.Module):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.pool(self.stages(self.stem(images))))
+        logits: Tensor = self.head(self.pool(self.stages(self.stem(images))))
+        return logits
 
     def _stages(self, widths: tuple[int, ...], blocks: int, survival: float) -> list[nn.Module]:
         total, made, last = blocks * len(widths), 0, widths[0]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +175,7 @@ class RoutedBlock(AdaptiveBlock):
         return total + torch.stack(zeros).sum() if zeros else total
 
     def _run(self, expert: nn.Module, rows: Tensor) -> Tensor:
-        if len(rows):
-            return expert(rows)
-        with in_mode(expert, training=False):  # norms have no statistics of nothing
-            return expert(rows)
+        # Norms have no statistics of no rows.
+        with nullcontext() if len(rows) else in_mode(expert, training=False):
+            output: Tensor = expert(rows)
+        return output

@@ -29,7 +29,7 @@ def as_logits(owner: str, logits: Tensor, inputs: Tensor) -> Tensor:
 
 def needs_dense_form() -> bool:
     """Tell whether a graph is being recorded for export, which can have no branches that depend on data."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
 def has_shards(module: nn.Module) -> bool:
