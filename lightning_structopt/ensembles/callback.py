@@ -62,7 +62,7 @@ class SnapshotEnsemble(Callback):
             return 1.0
         cycle = min(step * self.cycles // self._steps, self.cycles - 1)
         start, end = self._ends(cycle), self._ends(cycle + 1)
-        over = min(1.0, (step - start) / (end - start))
+        over = min(1.0, (step - start) / max(1, end - start))
         return self.minimum + (1 - self.minimum) * (1 + math.cos(math.pi * over)) / 2
 
     def members(self, factory: Callable[[], nn.Module]) -> list[nn.Module]:
@@ -116,7 +116,8 @@ class SnapshotEnsemble(Callback):
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         # Not earlier: asking for the horizon loads the data, after which a stateful loader is not restored.
         steps = training_horizon(trainer).steps
-        if math.isinf(steps) or steps < self.cycles:
+        few = steps < self.cycles and not getattr(trainer, "fast_dev_run", False)
+        if math.isinf(steps) or few:
             raise ValueError(
                 f"Each cycle must have an optimizer step, so training must have a known end and {self.cycles} steps at "
                 f"least. Found {steps}. Limit the trainer by `max_epochs` or `max_steps`, or give fewer `cycles`."

@@ -121,8 +121,8 @@ def test_what_came_before_is_passed_on(named: bool) -> None:
 
 
 def test_wrong_chains(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Found `max_epochs = 1` for 2 members. Give at least 2"):
-        fit(tmp_path, chained(), max_epochs=1)
+    with pytest.raises(ValueError, match="Found 1 steps for 2 members. Limit the trainer"):
+        fit(tmp_path, chained(), max_steps=1)
     with pytest.raises(ValueError, match=r"`shrinkage` must be in \(0, 1\]"):
         SerialEnsemble([nn.Linear(1, 1)], "chain", shrinkage=0.0)
     with pytest.raises(

@@ -43,14 +43,14 @@ def chain(
     return totals
 
 
-def member_in_turn(epoch: int, epochs: int, members: int) -> int:
-    """Return which member is trained in ``epoch``: all get as many epochs, up to rounding.
+def member_in_turn(step: int, steps: int, members: int) -> int:
+    """Return which member is trained in ``step``: all get as many of all steps, up to rounding.
 
     Example:
-        >>> [member_in_turn(epoch, 5, members=2) for epoch in range(5)]
+        >>> [member_in_turn(step, 5, members=2) for step in range(5)]
         [0, 0, 0, 1, 1]
     """
-    return min(epoch * members // epochs, members - 1)
+    return min(step * members // steps, members - 1)
 
 
 def _with(inputs: Any, before: Tensor) -> Any:

@@ -1,5 +1,6 @@
 """Members that answer one after another: a cascade that stops early, or a chain that adds up."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from typing_extensions import Self, override
 
 from lightning_structopt._checks import require_choice, require_in
 from lightning_structopt._devices import device_of, moved
+from lightning_structopt._horizon import steps_taken, training_horizon
 from lightning_structopt.ensembles.batches import Read, require_target
 from lightning_structopt.ensembles.members import Member
 from lightning_structopt.ensembles.module import Ensemble
@@ -33,8 +35,8 @@ class SerialEnsemble(Ensemble):
 
     ``mode="chain"``: outputs add up, :math:`F_m = F_{m-1} + \nu f_m`, and each member learns what those before it got
     wrong: residuals of numbers, or what is missing in logits. ``fit`` trains one member after another, each for an
-    equal share of ``max_epochs``; those done are left alone. ``validate`` logs as ``1/val_accuracy`` how good the first
-    two are together. Friedman, "Greedy Function Approximation: A Gradient Boosting Machine", 2001.
+    equal share of all optimizer steps; those done are left alone. ``validate`` logs as ``1/val_accuracy`` how good
+    the first two are together. Friedman, "Greedy Function Approximation: A Gradient Boosting Machine", 2001.
 
     Args:
         members: As those of :class:`~lightning_structopt.ParallelEnsemble`; cascades freeze them, chains train them.
@@ -54,7 +56,7 @@ class SerialEnsemble(Ensemble):
         FileNotFoundError: If there is no such checkpoint.
         TypeError: If an argument is of the wrong kind.
         ValueError: If there is no member, an argument is out of range or belongs to the other mode. At the start of
-            ``fit``: if it is a cascade, or a chain has fewer epochs than members.
+            ``fit``: if it is a cascade, or a chain has fewer steps than members.
 
     Example:
         >>> small, large = nn.Linear(3, 2), nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 2))
@@ -92,6 +94,7 @@ class SerialEnsemble(Ensemble):
         # Numbers, as a buffer would be rounded with the weights: 0.999 is 1 in bfloat16.
         self.thresholds = _thresholds(0.9 if threshold is None else threshold, len(self.members) - 1)
         self.in_use = len(self.members)  # of a chain: those that are trained, and the one that is
+        self._steps = math.inf  # of the whole training, unknown until it starts
         self.reset_counts()
 
     @property
@@ -186,13 +189,23 @@ class SerialEnsemble(Ensemble):
                 parameter.grad = None  # a gradient of zero would let momentum and weight decay go on
 
     @override
-    def on_train_epoch_start(self) -> None:
-        epochs, members = self.trainer.max_epochs, len(self.members)
-        assert epochs is not None
-        # Only a fast run for debugging has fewer epochs than members.
-        turn = members - 1 if epochs < members else member_in_turn(self.current_epoch, epochs, members)
-        self.in_use = turn + 1
+    def on_train_start(self) -> None:
+        # Not earlier: asking for the horizon loads the data, after which a stateful loader is not restored.
+        self._steps = training_horizon(self.trainer).steps
+        if math.isinf(self._steps) or (self._steps < len(self.members) and not self._is_trial()):
+            raise ValueError(
+                f"A chain trains its members in turn, an equal share of all steps each. Found {self._steps} steps for "
+                f"{len(self.members)} members. Limit the trainer by `max_epochs` or `max_steps`, to as many or more."
+            )
         self._give_turn()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        turn = member_in_turn(steps_taken(self.trainer), int(self._steps), len(self.members))
+        turn = len(self.members) - 1 if self._is_trial() else turn
+        if self.in_use != turn + 1:
+            self.in_use = turn + 1
+            self._give_turn()
 
     @override
     def train(self, mode: bool = True) -> Self:
@@ -200,20 +213,6 @@ class SerialEnsemble(Ensemble):
         if mode and self.train_members:
             self._give_turn()
         return self
-
-    @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        epochs, members = self.trainer.max_epochs, len(self.members)
-        if (
-            stage == "fit"
-            and not getattr(self.trainer, "fast_dev_run", False)
-            and (epochs is None or epochs < members)
-        ):
-            raise ValueError(
-                f"A chain trains its members in turn, an equal share of `max_epochs` each. Found `max_epochs = "
-                f"{epochs}` for {members} members. Give at least {members}."
-            )
 
     @override
     def on_validation_start(self) -> None:
@@ -253,6 +252,10 @@ class SerialEnsemble(Ensemble):
             'the frozen members of a cascade. Call `calibrate` to find thresholds, give `mode="chain"` to train '
             "members one after another, or train them by themselves."
         )
+
+    def _is_trial(self) -> bool:
+        """Tell whether it is a fast run for debugging, which may have fewer steps than members."""
+        return bool(getattr(self.trainer, "fast_dev_run", False))
 
     def _idle(self) -> list[nn.Module]:
         return [member for index, member in enumerate(self.members) if index != self.in_use - 1]
