@@ -19,7 +19,6 @@ from data import load
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
-from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_structopt as so
 from lightning_structopt.ensembles import (
@@ -96,7 +95,7 @@ def main() -> None:
         pl.seed_everything(seed, verbose=False)
         members.append(Classifier(size))
         fit(members[-1], train, epochs)
-    tiny = Classifier(size, width=2)
+    tiny = Classifier(size, width=3)
     fit(tiny, train, epochs)
 
     gathered = predictions(members, held)
@@ -105,7 +104,7 @@ def main() -> None:
         f"Two members disagree about {100 * float(apart.sum()) / (count * (count - 1)):.1f}% of images"
     )
     everyone = ParallelEnsemble(members)
-    choice = select_greedily(members, held, MulticlassAccuracy(10, average="micro"))
+    choice = select_greedily(members, held, log_likelihood)
     chosen = ParallelEnsemble([members[index] for index in choice.indices], choice.chosen_weights)
 
     # A threshold means what it says once the tiny network knows how sure it may be.
@@ -117,7 +116,11 @@ def main() -> None:
     console.print("Teaching one network what all of them know")
     pl.seed_everything(count, verbose=False)
     student = Classifier(size)
-    fit(so.DistillationModule(everyone.as_teacher(), student, so.SoftTarget(2.0), alpha=0.9), train, epochs)
+    fit(
+        so.DistillationModule(everyone.as_teacher(), student, so.SoftTarget(2.0), alpha=0.9),
+        train,
+        2 * epochs,
+    )
 
     models = {
         "one member": members[0],
@@ -131,6 +134,10 @@ def main() -> None:
     console.print(comparison)
     comparison.to_html("ensemble.html")
     console.print("Written: ensemble.html")
+
+
+def log_likelihood(probabilities: Tensor, labels: Tensor) -> Tensor:
+    return -nn.functional.nll_loss(probabilities.clamp_min(1e-9).log(), labels)
 
 
 def images_of(loader: DataLoader) -> Tensor:
