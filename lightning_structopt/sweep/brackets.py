@@ -21,7 +21,7 @@ class Hyperband(Budget):
     r"""Successive halving in several brackets, of which each begins one rung later than the one before.
 
     Where short training misleads, the brackets that begin late are right; where it doesn't, the early ones are fast.
-    Candidates are dealt to the brackets in turn, by the shares :math:`\lceil (s_{\max} + 1) / (s + 1) \rceil \eta^s`.
+    Candidates are dealt to the brackets in turn, by the shares :math:`\lceil (s_{\max} + 1) \eta^s / (s + 1) \rceil`.
 
     Args:
         min_epochs: Epochs of the first rung of the first bracket, at least 1.
@@ -34,7 +34,7 @@ class Hyperband(Budget):
 
     Example:
         >>> Hyperband(min_epochs=1, max_epochs=4, factor=2).brackets(7)
-        [((1, 2, 4), (0, 3, 5)), ((2, 4), (1, 6)), ((4,), (2, 4))]
+        [((1, 2, 4), (0, 3, 6)), ((2, 4), (1, 4)), ((4,), (2, 5))]
 
     Li et al., "Hyperband: A Novel Bandit-Based Approach to Hyperparameter Optimization", JMLR 2018
     (https://arxiv.org/abs/1603.06560).
@@ -56,7 +56,7 @@ class Hyperband(Budget):
         """Return the rungs of each bracket, and who of ``size`` candidates is in it."""
         rungs = SuccessiveHalving(self.min_epochs, self.max_epochs, self.factor).rungs
         count = len(rungs)
-        shares = [-(-count // (count - late)) * self.factor ** (count - 1 - late) for late in range(count)]
+        shares = [-(-count * self.factor ** (count - 1 - late) // (count - late)) for late in range(count)]
         members: list[list[int]] = [[] for _ in rungs]
         for index in range(size):
             # To the one that is furthest below its share.

@@ -51,6 +51,15 @@ class ExactResume(Callback):
         self._restored = state_dict
 
     @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # The place that stateful loaders are at is the end of an epoch, which they would come to once more. Data sets
+        # with a state of their own may go on from it over epochs.
+        if not any(hasattr(getattr(part, "dataset", None), "state_dict") for part in _loaders(trainer)):
+            checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+
+    @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._restored is None:
             return
@@ -169,12 +178,16 @@ def _generators(trainer: pl.Trainer) -> list[torch.Generator]:
 
 
 def _all_generators(trainer: pl.Trainer) -> Iterator[torch.Generator]:
-    for loader in tree_leaves((trainer.train_dataloader, trainer.val_dataloaders)):
+    for loader in _loaders(trainer):
         batches = getattr(loader, "batch_sampler", None)
         for part in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
             generator = getattr(part, "generator", None)
             if isinstance(generator, torch.Generator):
                 yield generator
+
+
+def _loaders(trainer: pl.Trainer) -> list[Any]:
+    return tree_leaves((trainer.train_dataloader, trainer.val_dataloaders))
 
 
 def _as_tuples(value: Any) -> Any:

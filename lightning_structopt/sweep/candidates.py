@@ -28,7 +28,7 @@ class Candidate:
 
     Args:
         build: Takes no arguments and returns a new LightningModule each time.
-        data: A LightningDataModule or training loaders of its own, instead of those given to ``run``.
+        data: A LightningDataModule, or a pair of training and validation loaders, instead of those given to ``run``.
         trainer: Arguments of the Trainer, over those of the sweep: callbacks, precision, gradient clipping.
 
     Raises:

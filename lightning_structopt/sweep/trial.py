@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -43,9 +44,10 @@ def run_trial(spec: TrialSpec, send: Send) -> None:
     except UnsoundError as reason:
         send({"failed": str(reason)})
     except (Exception, SystemExit, KeyboardInterrupt) as error:
-        traceback.print_exc()
         lines = str(error).strip().splitlines()
         send({"failed": f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__})
+        with suppress(OSError):  # a full disk, which may be what went wrong
+            traceback.print_exc()
     else:
         for message in finished:
             send({"done": message["done"] | {"seconds": monotonic() - start}})
