@@ -52,7 +52,7 @@ class Execution:
     Args:
         kinds: The class of each block, by its name.
         fractions: The executed fraction of each block, by the stage of the run and by its name.
-        costs: Operations that a sample is expected to take in each block, and what all of it would take.
+        costs: Operations that a row is expected to take in each block, by its name.
         latencies_ms: Of a pass in full and of one that skips; None where there was no example input.
         batch_size: Of that pass.
     """
@@ -81,12 +81,12 @@ class Execution:
         )
         for column in ("block", "kind"):
             table.add_column(column)
-        for column in (*self.fractions, "expected FLOPs"):
+        for column in (*self.fractions, *(["expected FLOPs"] if self.costs else [])):
             table.add_column(column, justify="right")
         for name, kind in self.kinds.items():
             shares = [f"{found[name]:.3f}" if name in found else "" for found in self.fractions.values()]
-            cost = f"{self.costs[name]:,.0f}" if name in self.costs else ""
-            table.add_row(name or "(itself)", kind, *shares, cost)
+            cost = [f"{self.costs[name]:,.0f}" if name in self.costs else ""] if self.costs else []
+            table.add_row(name or "(itself)", kind, *shares, *cost)
         return table
 
 
