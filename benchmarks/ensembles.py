@@ -23,6 +23,7 @@ from common import Batches, images, parse_arguments, quiet_trainer, top1, write_
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import lightning_structopt as so
 from lightning_structopt.ensembles import (
@@ -174,6 +175,7 @@ def of_torchensemble(
     snapshots = SnapshotEnsembleClassifier(estimator=SmallCNN, n_estimators=len(members), cuda=False)
     snapshots.set_optimizer("AdamW", lr=3e-3)
     loader = Batches(data[0], data[1], BATCH_SIZE, seed=seed)
+    loader.dataset = TensorDataset(data[0], data[1])  # whose labels it looks at
     snapshots.fit(loader, epochs=epochs, log_interval=10**9, save_model=False)
     yield "torchensemble: snapshots of one run", snapshots.eval()
 

@@ -2,12 +2,13 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from typing_extensions import Self, override
 
@@ -16,6 +17,7 @@ from lightning_structopt.ensembles.batches import as_inputs, call, tensor_of, to
 from lightning_structopt.profiling.latency import latency
 
 Stack: TypeAlias = Literal["auto"] | bool
+_Slot: TypeAlias = tuple[dict[str, Any], str]
 _SECONDS = 0.02  # of timing each way
 _GAIN = 0.9  # what the time of one by one must be multiplied by to be worth it
 
@@ -60,33 +62,61 @@ class AllAtOnce(nn.Module):
                 f'{reason}. Give `stack="auto"` or `stack=False`.'
             )
         self.members = _listed(members)
-        self._state: dict[str, Tensor] = {}
-        self._copied: list[Hashable] = []
+        self._children: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
+        self._slots: list[list[_Slot]] = []  # by member
+        self._stacks: list[Tensor] = []
+        self._copied: list[tuple[int, int]] = []
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         self._refresh()
-        inputs = as_inputs(args, kwargs)
-        base = self.members[0]
+        inputs, base = as_inputs(args, kwargs), self.members[0]
 
-        def one(state: dict[str, Tensor]) -> Tensor:
-            positional = inputs if isinstance(inputs, tuple) else (inputs,)
-            named = inputs if isinstance(inputs, dict) else None
-            return tensor_of(functional_call(base, state, () if named else positional, named))
+        def one(values: list[Tensor]) -> Tensor:
+            with _holding(self._slots[0], values):
+                return tensor_of(call(base, inputs))
 
         with plain_attention(), without_fast_path():
-            outputs: Tensor = vmap(one)(self._state)
+            outputs: Tensor = vmap(one)(self._stacks)
         return outputs
 
     def _refresh(self) -> None:
-        """Copy the weights anew if they have been moved or changed since."""
-        states = [_state_of(member) for member in self.members]
-        now: list[Hashable] = [(t.data_ptr(), t._version) for state in states for t in state.values()]
+        """Copy the weights anew if they have been moved, changed or replaced since."""
+        if not self._slots or any(tuple(now.values()) != then for now, then in self._children):
+            self._children = [(part._modules, tuple(part._modules.values())) for part in self.modules()]
+            self._slots = [_slots_of(member) for member in self.members]
+        # Each pass comes through here, so it has to be quick beside small members.
+        tensors = [[kind[name] for kind, name in slots] for slots in self._slots]
+        now = [(tensor.data_ptr(), tensor._version) for held in tensors for tensor in held]
         if now != self._copied:
             # In inference mode the copies would be no good outside of it.
             with torch.inference_mode(False), torch.no_grad():
-                self._state = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+                self._stacks = [torch.stack(same) for same in zip(*tensors, strict=True)]
             self._copied = now
+
+
+def _slots_of(module: nn.Module) -> list[_Slot]:
+    """Return where the parameters and buffers of ``module`` are kept."""
+    return [
+        (kept, name)
+        for part in module.modules()
+        for kept in (part._parameters, part._buffers)
+        for name, tensor in kept.items()
+        if tensor is not None
+    ]
+
+
+@contextmanager
+def _holding(slots: list[_Slot], values: list[Tensor]) -> Iterator[None]:
+    """Put ``values`` in the slots for a while; ``torch.func.functional_call`` takes several times as long."""
+    before = [kept[name] for kept, name in slots]
+    try:
+        for (kept, name), value in zip(slots, values, strict=True):
+            kept[name] = value
+        yield
+    finally:
+        for (kept, name), value in zip(slots, before, strict=True):
+            kept[name] = value
 
 
 def why_not(members: Sequence[nn.Module] | nn.ModuleList) -> str | None:

@@ -11,6 +11,7 @@ from nets import Answers, Regressor, classifiers, fit, logits, rows
 from support import CLASSES, Classifier, assert_same_state, dataset, loader, trainer
 from torch import nn
 
+from lightning_structopt.distillation import DistillationModule
 from lightning_structopt.ensembles import ParallelEnsemble, SerialEnsemble, TemperatureScaling
 from lightning_structopt.ensembles.serial.calibrate import Evidence, fit_thresholds
 
@@ -238,3 +239,11 @@ def test_wrong_arguments(make: Any, kind: type[Exception], message: str) -> None
 def test_a_cascade_is_not_trained(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the frozen members of a cascade. Call `calibrate`"):
         fit(tmp_path, SerialEnsemble(classifiers()))
+
+
+def test_is_a_teacher(tmp_path: Path) -> None:
+    ensemble = SerialEnsemble(classifiers(2), threshold=0.35)
+    student = Classifier(hidden=8)
+    run = fit(tmp_path, DistillationModule(ensemble.as_teacher(), student), max_epochs=2)
+    assert float(run.callback_metrics["kd/SoftTarget"]) > 0
+    assert 0 < ensemble.executed_fraction[1] < 1

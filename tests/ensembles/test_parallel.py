@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from nets import Answers, Regressor, classifiers, fit, logits, numbers, rows
 from support import Classifier, adamw, assert_same_state, dataset, loader, trainer
 from torch import nn
@@ -342,3 +342,19 @@ def test_batches_and_inputs_of_other_forms(tmp_path: Path) -> None:
     assert trainer(tmp_path).validate(ensemble, data, verbose=False)[0]["val_MSE"] == 0
     assert torch.equal(ensemble(torch.ones(1), torch.ones(1)), torch.full((1,), 4.0))
     assert torch.equal(ensemble(one=torch.ones(1), other=torch.ones(1)), torch.full((1,), 4.0))
+
+
+def test_averages_of_weights_are_kept_beside(tmp_path: Path) -> None:
+    ensemble = ParallelEnsemble(classifiers(), "learned", lr=0.5)
+    seen: list[torch.Tensor] = []
+
+    class Watched(EMAWeightAveraging):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+            super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+            seen.append(pl_module.weights.scores.detach().clone())
+
+    fit(tmp_path, ensemble, Watched(decay=0.5))
+    average = seen[0]
+    for value in seen[1:]:
+        average = 0.5 * average + 0.5 * value
+    torch.testing.assert_close(ensemble.weights.scores.detach(), average, rtol=1e-4, atol=1e-5)

@@ -55,6 +55,7 @@ def test_follows_weights_that_change_or_move() -> None:
         lambda: members[2].load_state_dict(classifiers()[0].state_dict()),
         lambda: setattr(members[0].net[3].bias, "data", torch.ones(CLASSES)),
         lambda: members[0].net[1].running_mean.add_(1),
+        lambda: members[1].net.__setitem__(0, copy.deepcopy(members[0].net[0])),
         lambda: ensemble.double(),
     ):
         before = ensemble(INPUTS.to(ensemble.members[0].net[0].weight.dtype))
@@ -126,15 +127,29 @@ class Branching(Classifier):
         return outputs if outputs.sum() > 0 else -outputs
 
 
+class Recurrent(Classifier):
+    """Its layer keeps a second list of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(4, CLASSES, batch_first=True)
+        for parameter in self.layer.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs.reshape(-1, 3, 4))[0][:, -1]
+
+
 @pytest.mark.parametrize(
     "members",
     [
         [Scaled(1.0), Scaled(2.0)],
         [Branching(), Branching()],
+        [Recurrent(), Recurrent()],
         [Classifier(), Classifier(hidden=3)],
         [Classifier()],
     ],
-    ids=["differ in an attribute", "branch", "differ in shape", "single"],
+    ids=["differ in an attribute", "branch", "recurrent", "differ in shape", "single"],
 )
 def test_auto_leaves_what_can_not_run_as_one(members: list[Any]) -> None:
     ensemble = ParallelEnsemble(members).eval()
