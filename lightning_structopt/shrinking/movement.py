@@ -22,7 +22,6 @@ MOVES = {
     "expand_as",
     "flatten",
     "flip",
-    "im2col",
     "movedim",
     "narrow",
     "permute",
@@ -60,8 +59,6 @@ def move(call: Call) -> Value:
         return Labelled(call.shape, _moved(source, lambda full: full.reshape(call.shape)))
     if call.name == "expand_as":
         return Labelled(call.shape, _moved(source, lambda full: full.expand(call.shape)))
-    if call.name == "im2col":  # which has no kernel for whole numbers
-        return Labelled(call.shape, _moved(source, lambda full: _itself(call)(full.double()).long()))
     if call.name in {"view", "_unsafe_view"}:  # of a copy where strides allow no view: labels are expanded
         if "size" not in call.arguments:
             return call.fix_all()  # which looks at bytes as another type

@@ -90,7 +90,7 @@ class Call:
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shapes of all results."""
-        result = self.node.meta["val"]
+        result = self.node.meta.get("val")
         results = result if isinstance(result, (tuple, list)) else [result]
         return [sizes_of(each) if isinstance(each, Tensor) else () for each in results]
 
@@ -148,7 +148,7 @@ class Call:
     def results(self, layers: tuple[Layer, ...]) -> Value:
         """Return as many results as there are, each with these layers."""
         results = tuple(Labelled(shape, layers) for shape in self.shapes)
-        return results if isinstance(self.node.meta["val"], (tuple, list)) else results[0]
+        return results if isinstance(self.node.meta.get("val"), (tuple, list)) else results[0]
 
     def without_labels(self) -> Value:
         """Return results that are plain data."""

@@ -1,5 +1,6 @@
 """Which labels go together in which operator: one small rule each."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -17,7 +18,7 @@ from lightning_structopt.shrinking.contraction import (
     unknown,
 )
 from lightning_structopt.shrinking.convolutions import convolution
-from lightning_structopt.shrinking.labels import Labelled, merge
+from lightning_structopt.shrinking.labels import Labelled, Layer, merge
 from lightning_structopt.shrinking.norms import batch_norm, group_norm, instance_norm, layer_norm, weight_norm
 from lightning_structopt.shrinking.operators import Call, Value, operator_name
 from lightning_structopt.shrinking.recurrence import recurrent
@@ -100,6 +101,53 @@ def whole_along(call: Call) -> Value:
     return Labelled(call.shape, collapse_all(call, unknown(call.tensor("self")), call.dims()).layers)
 
 
+def sorting(call: Call) -> Value:
+    """``sort``, ``topk`` and others that pick elements along a dimension: of every channel its own."""
+    return call.results(collapse_all(call, unknown(call.tensor("self")), call.dims()).layers)
+
+
+def unfolding(call: Call) -> Value:
+    """``im2col``: every channel becomes the places of the kernel, whole; padding is zero and no channel."""
+    source, kernel = call.tensor("self"), math.prod(call.plain(call.arguments["kernel_size"]))
+    if source.ndim != 4:
+        return call.fix_all()
+    flat = (layer.reshaped(*layer.labels.shape[:2]) for layer in collapse_all(call, source, [2, 3]).layers)
+    layers = (
+        Layer(
+            *(
+                each.repeat_interleave(kernel, 1) if each.shape[1] > 1 else each
+                for each in (layer.labels, layer.zero)
+            )
+        )
+        for layer in flat
+    )
+    return Labelled(call.shape, tuple(layer.reshaped(*layer.labels.shape, 1) for layer in layers))
+
+
+def folding(call: Call) -> Value:
+    """``col2im``: patches of (channels, kernel) are added up; the kernel stays whole."""
+    source, kernel = call.tensor("self"), math.prod(call.plain(call.arguments["kernel_size"]))
+    if source.ndim != 3:
+        return call.fix_all()
+    layers = []
+    for layer in collapse_all(call, source, [0, 2]).layers:
+        patches = layer.reshaped(-1, kernel)
+        whole = call.space.collapse(patches, [1], call.why)
+        if whole is not None:
+            layers.append(whole.reshaped(1, -1, 1, 1))
+    return Labelled(call.shape, tuple(layers))
+
+
+def embedding_bag(call: Call) -> Value:
+    """Look up rows and add them up: features go, entries stay."""
+    weight = collapse_all(call, call.tensor("weight"), [0])
+    if call.given("per_sample_weights"):
+        for layer in call.tensor("per_sample_weights").layers:
+            call.space.fix(layer.labels, call.why)
+    first, *others = (Labelled(shape) for shape in call.shapes)
+    return (Labelled(first.shape, tuple(layer.moved([None, 1]) for layer in weight.layers)), *others)
+
+
 def embedding(call: Call) -> Value:
     """Look up rows: features go, entries stay."""
     weight = collapse_all(call, call.tensor("weight"), [0])
@@ -160,6 +208,10 @@ RULES: Mapping[str, Rule] = {
     "group_norm": group_norm,
     "_weight_norm": weight_norm,
     "embedding": embedding,
+    "embedding_bag": embedding_bag,
+    "im2col": unfolding,
+    "col2im": folding,
+    **dict.fromkeys(("sort", "topk", "argsort", "cummax", "cummin", "kthvalue"), sorting),
     "glu": gated,
     **dict.fromkeys(
         [

@@ -85,6 +85,6 @@ def _told(part: nn.Module) -> dict[str, Any]:
         return {"normalized_shape": shape}
     if isinstance(part, nn.GroupNorm):
         return {"num_channels": shape[0]}
-    if isinstance(part, nn.Embedding):
+    if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
         return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
     return {"num_parameters": shape[0]} if isinstance(part, nn.PReLU) else {}

@@ -84,7 +84,7 @@ def export(
         # Recurrent layers keep a list of their weights, which they fill anew while they are traced.
         warnings.filterwarnings("ignore", message=".*were assigned during export", category=UserWarning)
         try:
-            return torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+            return _flat(torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False))
         except Exception as error:  # whatever the user's code or torch raises
             first = str(error).strip().splitlines()
             raise ValueError(
@@ -93,6 +93,12 @@ def export(
                 f"{first[0] if first else ''}. Give inputs as `forward` takes them (a tuple for several), or move "
                 "the branch out of `forward`."
             ) from error
+
+
+def _flat(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Return the graph without graphs within it, which regions of ``torch.autocast`` are: with casts in their place."""
+    nested = any("wrap_with_autocast" in str(node.target) for node in program.graph.nodes)
+    return program.run_decompositions({}) if nested else program
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

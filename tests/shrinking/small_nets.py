@@ -182,6 +182,46 @@ class TwoByTwo(nn.Module):
         return {"mean": self.mean(both), "parts": (self.extra(both), both.shape[0])}
 
 
+class Cast(nn.Module):
+    """A region that runs in another precision, or in full where the rest does not."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        self.enabled = enabled
+        self.stem, self.inner, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.enabled):
+            x = self.inner(x).relu()
+        return self.head(x.float())
+
+
+class Patches(nn.Module):
+    """Images taken apart and put together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        patches = nn.functional.unfold(x, 3, padding=1)
+        return self.head(self.inner(nn.functional.fold(patches, x.shape[2:], 3, padding=1)))
+
+
+class Ordered(nn.Module):
+    """The elements of each channel by size, and the two largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x.sort(1).values).sum(1) + self.head(x.topk(2, 1).values).sum(1)
+
+
 class Auxiliary(nn.Module):
     """A head that runs in training only."""
 
@@ -260,6 +300,14 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "tied": (Tied, lambda: torch.randint(11, (2, 5))),
     "two_by_two": (TwoByTwo, lambda: (torch.randn(3, 4), torch.randn(3, 5))),
     "auxiliary": (Auxiliary, lambda: torch.randn(3, 4)),
+    "full_precision": (partial(Cast, False), lambda: torch.randn(3, 6)),
+    "half_precision": (partial(Cast, True), lambda: torch.randn(3, 6)),
+    "patches": (Patches, lambda: image(6)),
+    "ordered": (Ordered, lambda: torch.randn(2, 5, 6)),
+    "bags": (
+        lambda: nn.Sequential(nn.EmbeddingBag(11, 8), nn.Linear(8, 2)),
+        lambda: torch.randint(11, (2, 5)),
+    ),
     "layer_norm": (lambda: normalized_mlp(nn.LayerNorm), lambda: torch.randn(3, 5)),
     "rms_norm": (lambda: normalized_mlp(nn.RMSNorm), lambda: torch.randn(3, 5)),
     "group_norm": (lambda: normalized_mlp(partial(nn.GroupNorm, 4)), lambda: torch.randn(3, 5)),

@@ -126,22 +126,22 @@ def test_whole_groups_of_a_group_norm_go() -> None:
     assert members(first, "0.weight", 0) == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
-class _Sorted(nn.Module):
+class _Renormed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two, self.three = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.three(self.two(self.one(x).sort(-1).values).relu())
+        return self.three(self.two(self.one(x).renorm(2, 1, 5.0)).relu())
 
 
 def test_an_unknown_operator_keeps_what_enters_it_and_is_told() -> None:
-    structure = structure_of(_Sorted(), torch.randn(3, 4))
+    structure = structure_of(_Renormed(), torch.randn(3, 4))
     assert slots(structure) == [(6, {("two.weight", 0), ("two.bias", 0), ("three.weight", 1)})]
-    assert dict(structure.traced.unknown) == {"sort": ""}
+    assert dict(structure.traced.unknown) == {"renorm": ""}
     told = remove(structure, NOTHING).explain()
-    assert "`sort` (in ``) has no rule" in told
-    assert "Kept because of `sort`, an operator without a rule: one.weight[0] (8)" in told
+    assert "`renorm` (in ``) has no rule" in told
+    assert "Kept because of `renorm`, an operator without a rule: one.weight[0] (8)" in told
 
 
 def test_reasons_name_the_operator_and_the_output() -> None:

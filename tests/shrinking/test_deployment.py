@@ -1,0 +1,65 @@
+"""What comes out goes where any module goes: ONNX, `torch.export`, `torch.compile`, copies."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_nets import make
+from test_removal import run
+from torch import nn
+
+from lightning_structopt.shrinking import ChannelRatio, Latency, channel_report, prune_channels
+from lightning_structopt.shrinking.plan import as_tuple
+from lightning_structopt.shrinking.timing import warn_if_missed
+
+
+@pytest.mark.parametrize("name", ["branches", "timm_vit"])
+@pytest.mark.filterwarnings("ignore")  # of the exporter's own parts
+def test_onnx_computes_the_same(name: str, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    module, inputs = make(name)
+    small = prune_channels(module, ChannelRatio(0.5), inputs).eval()
+    torch.onnx.export(small, as_tuple(inputs), tmp_path / "small.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "small.onnx", providers=["CPUExecutionProvider"])
+    given = {
+        each.name: value.numpy() for each, value in zip(session.get_inputs(), as_tuple(inputs), strict=True)
+    }
+    found = torch.from_numpy(session.run(None, given)[0])
+    torch.testing.assert_close(found, small(inputs).detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["split", "heads", "lstm", "tied", "patches"])
+@pytest.mark.filterwarnings("ignore:.*were assigned during export")  # recurrent layers' lists of weights
+def test_exports_compiles_and_copies(name: str) -> None:
+    module, inputs = make(name)
+    small = prune_channels(module, ChannelRatio(0.5), inputs).eval()
+    expected = run(small, inputs)
+    twin = copy.deepcopy(small)
+    with torch.no_grad():
+        exported: Any = torch.export.export(small, as_tuple(inputs), strict=False).module()
+        compiled: Any = torch.compile(small, backend="eager")
+        for other in (twin, exported, compiled):
+            torch.testing.assert_close(run(other, inputs), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*was missed")  # by a machine that does other things
+def test_latency_is_met_by_timing() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 8)
+    )
+    inputs = torch.randn(64, 256)
+    report = channel_report(module, Latency(0.5), inputs)
+    # Half the time of a product of matrices is about half its operations; machines that do other things are slower.
+    assert 0.2 < report.flops[1] / report.flops[0] < 0.8
+
+
+def test_latency_that_was_missed_is_told() -> None:
+    warn_if_missed(0.5, 10.0, 5.5)
+    with pytest.warns(
+        UserWarning, match=r"`Latency\(0.5\)` was missed: a pass took 10 ms and now takes 7 ms, 0.70"
+    ):
+        warn_if_missed(0.5, 10.0, 7.0)
