@@ -58,9 +58,9 @@ def _fit(spec: TrialSpec, send: Send) -> None:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     candidate, arguments, rules, parameters = cloudpickle.loads(Path(spec.candidate).read_bytes())
-    data = (
-        cloudpickle.loads(Path(spec.data).read_bytes()) if candidate.data is None else (candidate.data, None)
-    )
+    data = candidate.data
+    data = cloudpickle.loads(Path(spec.data).read_bytes()) if data is None else data
+    data = data if isinstance(data, tuple) else (data, None)
     pl.seed_everything(spec.seed, workers=True, verbose=False)
     module = build(spec.name, candidate, parameters)
     trainer = pl.Trainer(**_arguments(spec, arguments, [ExactResume(spec), Rung(spec, rules, send)]))

@@ -83,7 +83,9 @@ def candidates(folder: Path) -> dict[str, Any]:
         "not allowed": functools.partial(Classifier, sgd, 50),
     }
     own = Candidate(
-        lambda: Classifier(hidden=16), data=(loader(64, shuffle=True), loader()), trainer={"gradient_clip_val": 0.5}
+        lambda: Classifier(hidden=16),
+        data=(loader(64, shuffle=True), loader()),
+        trainer={"gradient_clip_val": 0.5},
     )
     return learning | faults | {"own data": own, "exits by itself": Exits}
 
@@ -139,7 +141,7 @@ def test_a_full_disk_leaves_no_torn_checkpoint(result: SweepResult, folder: Path
 
 def test_the_others_are_halved(result: SweepResult) -> None:
     sound = [c for c in result.candidates if c.state in {"finished", "stopped"}]
-    assert len(sound) == len(WIDTHS) + 1
+    assert len(sound) == len(WIDTHS) + 1, str(result)
     assert len([c for c in sound if c.state == "finished"]) == 3 - 1  # one failed in the second round
     for rung in (1, 2):
         scores = sorted((c.scores[rung] for c in sound if rung in c.scores), reverse=True)
@@ -207,11 +209,11 @@ def test_tables(result: SweepResult, tmp_path: Path) -> None:
 
 def test_pareto_by_brute_force(result: SweepResult) -> None:
     points = {c.name: (-c.score, c.costs["parameters"]) for c in result.candidates if c.score is not None}
-    expected = {
-        name
-        for name, mine in points.items()
-        if not any(all(t <= m for t, m in zip(theirs, mine, strict=True)) and theirs != mine for theirs in points.values())
-    }  # fmt: skip
+
+    def beaten(mine: tuple[float, float]) -> bool:
+        return any(other != mine and other[0] <= mine[0] and other[1] <= mine[1] for other in points.values())
+
+    expected = {name for name, mine in points.items() if not beaten(mine)}
     assert {c.name for c in result.pareto("val_acc", "parameters")} == expected
     with pytest.raises(ValueError, match="A figure must be one of .*'flops'.* Found 'beauty'"):
         result.pareto("beauty", "val_acc")
