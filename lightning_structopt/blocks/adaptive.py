@@ -103,7 +103,8 @@ class AdaptiveBlock(nn.Module, ABC):
 
         In training all of it runs for the sake of gradients, and this is the share that counted.
         """
-        return float("nan") if self._passes.executed is None else float(self._passes.executed)
+        executed = self._passes.executed
+        return float("nan") if executed is None else float(executed.float().mean())
 
     @abstractmethod
     def expected_cost(self, inputs: Tensor) -> Tensor:
@@ -116,7 +117,13 @@ class AdaptiveBlock(nn.Module, ABC):
     # Hooks and lists are none of a compiled graph's business: it breaks here, after the block's own work.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _remember(self, executed: Tensor, output: Tensor | None = None, entry: Pass | None = None) -> None:
-        """Keep what a pass did, and in training what it adds to the loss until backward has gone through it."""
+        """Keep what a pass did, and in training what it adds to the loss until backward has gone through it.
+
+        Args:
+            executed: Its mean is the share of the work that was done. It is taken when somebody asks.
+            output: What backward comes through.
+            entry: What waits for :func:`auxiliary_loss`.
+        """
         if needs_dense_form():
             return
         self._passes.executed = executed.detach()

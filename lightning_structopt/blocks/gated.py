@@ -106,7 +106,7 @@ class GatedBlock(AdaptiveBlock):
         opened = logits >= 0
         run = self._all if self._runs_dense else self._some
         total = run(inputs, around, opened)
-        self._remember(opened.float().mean())
+        self._remember(opened)
         output: Tensor = self.activation(total)
         return output
 
@@ -151,12 +151,17 @@ class GatedBlock(AdaptiveBlock):
         require_same_shape("GatedBlock", through, around)
         return around + over_rows(gates, through) * through
 
+    def _plain(self, inputs: Tensor, around: Tensor) -> Tensor:
+        through: Tensor = self.body(inputs)
+        require_same_shape("GatedBlock", through, around)
+        return around + through
+
     def _some(self, inputs: Tensor, around: Tensor, opened: Tensor) -> Tensor:
         rows = opened.nonzero()[:, 0]
         if len(rows) == 0 and not has_shards(self.body):
             return around
         if len(rows) == len(inputs):
-            return self._all(inputs, around, opened)
+            return self._plain(inputs, around)
         through: Tensor = self.body(inputs[rows])
         require_same_shape("GatedBlock", through, around[rows])
         total = around.to(torch.promote_types(around.dtype, through.dtype))

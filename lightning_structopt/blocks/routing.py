@@ -84,11 +84,11 @@ class RoutedBlock(AdaptiveBlock):
         logits = self._logits(inputs)
         rows = inputs.flatten(0, logits.ndim - 2)
         probabilities = widened(logits).flatten(0, -2).softmax(-1)
-        chosen = probabilities.sort(descending=True, stable=True).indices[:, : self.top_k]
+        chosen = self._chosen(probabilities)
         kept = self._within_capacity(chosen)
         weights = self._weights(probabilities, chosen) * kept
         run = self._all if self._runs_dense else self._some
-        output = (rows + run(rows, chosen, kept, weights)).reshape(inputs.shape)
+        output = run(rows, chosen, kept, weights).reshape(inputs.shape)
         share = kept.float().mean() * self.top_k / len(self.experts)
         entry = Pass(self._imbalance(probabilities, chosen)) if self.training else None
         self._remember(share, output, entry)
@@ -108,7 +108,7 @@ class RoutedBlock(AdaptiveBlock):
         rows = inputs.flatten(0, logits.ndim - 2)
         routing = flops_per_row(self.router, inputs) * len(inputs) / max(1, len(rows))
         costs = torch.tensor([flops_per_row(expert, rows) for expert in self.experts], device=inputs.device)
-        chosen = logits.flatten(0, -2).sort(descending=True, stable=True).indices[:, : self.top_k]
+        chosen = self._chosen(widened(logits).flatten(0, -2).softmax(-1))
         return routing + costs[chosen].sum(1)
 
     @override
@@ -125,6 +125,15 @@ class RoutedBlock(AdaptiveBlock):
                 f"layer of {len(self.experts)} outputs."
             )
         return logits
+
+    def _chosen(self, probabilities: Tensor) -> Tensor:
+        """Return the experts of each row, best first and ties to the first, of shape (rows, top_k)."""
+        left, chosen = probabilities.detach(), []
+        for rank in range(self.top_k):  # `topk` and `sort` promise less about ties, or can't be exported
+            if rank:
+                left = left.scatter(1, chosen[-1], -1)
+            chosen.append(left.argmax(1, keepdim=True))
+        return torch.cat(chosen, dim=1)
 
     def _within_capacity(self, chosen: Tensor) -> Tensor:
         """Return which choices find room, of shape (rows, top_k)."""
@@ -147,7 +156,7 @@ class RoutedBlock(AdaptiveBlock):
         return self.balance * count * (share * probabilities.mean(0)).sum()
 
     def _all(self, rows: Tensor, chosen: Tensor, kept: Tensor, weights: Tensor) -> Tensor:
-        total = torch.zeros_like(rows)
+        total = rows
         for index, expert in enumerate(self.experts):
             output = expert(rows)
             require_same_shape("RoutedBlock", output, rows)
@@ -155,24 +164,27 @@ class RoutedBlock(AdaptiveBlock):
         return total
 
     def _some(self, rows: Tensor, chosen: Tensor, kept: Tensor, weights: Tensor) -> Tensor:
-        """Run each expert on its rows alone, and add up what comes back."""
-        where, parts, zeros = [], [], []
-        for index, expert in enumerate(self.experts):
-            mine, rank = ((chosen == index) & kept).nonzero(as_tuple=True)
+        """Run each expert on its rows alone, and add what comes back."""
+        choices = chosen.masked_fill(~kept, len(self.experts)).flatten()  # what is dropped comes last
+        order = choices.argsort(stable=True)
+        counts = torch.bincount(choices, minlength=len(self.experts) + 1).tolist()[
+            :-1
+        ]  # waits for the device once
+        order = order[: sum(counts)]
+        where = order // self.top_k
+        parts, total = [], rows
+        for expert, mine in zip(self.experts, rows[where].split(counts), strict=True):
             if len(mine) or has_shards(expert):
-                output = self._run(expert, rows[mine])
-                require_same_shape("RoutedBlock", output, rows[mine])
-                where.append(mine)
-                parts.append(over_rows(weights[mine, rank], output) * output)
+                parts.append(self._run(expert, mine))
+                require_same_shape("RoutedBlock", parts[-1], mine)
             elif self.training and (zero := touch(expert)) is not None:
-                zeros.append(zero)
+                total = total + zero
         if not parts:
-            return torch.zeros_like(rows)
+            return total
         found = torch.cat(parts)
-        total = torch.zeros(rows.shape, dtype=found.dtype, device=rows.device).index_add(
-            0, torch.cat(where), found
-        )
-        return total + torch.stack(zeros).sum() if zeros else total
+        found = over_rows(weights.flatten()[order], found) * found
+        total = total.to(torch.promote_types(total.dtype, found.dtype))
+        return total.index_add(0, where, found.to(total.dtype))
 
     def _run(self, expert: nn.Module, rows: Tensor) -> Tensor:
         # Norms have no statistics of no rows.

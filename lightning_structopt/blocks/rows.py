@@ -34,6 +34,9 @@ def needs_dense_form() -> bool:
 
 def has_shards(module: nn.Module) -> bool:
     """Tell whether ``module`` holds weights that only all ranks together can gather, so that all must call it."""
+    # Almost always so, and far quicker to ask than all weights.
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
