@@ -12,6 +12,7 @@ from support import Classifier, adamw, assert_same_state, dataset, loader, train
 from torch import nn
 
 from lightning_structopt.ensembles import SerialEnsemble
+from lightning_structopt.ensembles.serial.chain import chain
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -29,6 +30,13 @@ def test_outputs_add_up() -> None:
     inputs = dataset().tensors[0]
     found = SerialEnsemble(members, "chain")(inputs)
     torch.testing.assert_close(found, (members[0](inputs) + members[1](inputs)).log_softmax(1))
+
+
+def test_gradients_reach_the_member_in_turn_alone() -> None:
+    members = [nn.Linear(2, 1), nn.Linear(2, 1), nn.Linear(2, 1)]
+    chain(members[:2], torch.ones(4, 2), 0.5, pass_on=False, trained=1)[-1].sum().backward()
+    assert members[0].weight.grad is None
+    assert torch.equal(members[1].weight.grad, torch.full((1, 2), 2.0))
 
 
 def stumps() -> list[Regressor]:

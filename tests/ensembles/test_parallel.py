@@ -65,7 +65,9 @@ def test_members_are_put_in_evaluation_mode_and_stay_so(
     ]
     before = copy.deepcopy(ensemble.members.state_dict())
     fit(tmp_path, ensemble)
-    ensemble.train().members[0].train()
+    ensemble.train()
+    assert not any(part.training for part in ensemble.members.modules())
+    ensemble.members[0].train()
     ensemble(dataset().tensors[0])
     assert not any(part.training for part in ensemble.members.modules())
     assert ensemble.training
