@@ -31,7 +31,11 @@ class Constraint(ABC):
 def _above(costs: Costs, name: str, bound: float, what: str) -> str | None:
     if name not in costs:
         return f"{what} can't be measured: its forward pass takes no part of the batch. Set `example_input_array`."
-    return None if costs[name] <= bound else f"{costs[name]:,.6g} {what}, more than {bound:,.6g}"
+    return None if costs[name] <= bound else f"{_number(costs[name])} {what}, more than {_number(bound)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from lightning_structopt.sweep.candidates import Candidate
 from lightning_structopt.sweep.channel import Channel
 from lightning_structopt.sweep.spec import Send, TrialSpec
 
+_LONGEST_REASON = 200  # characters; the log has all of it
 _QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
@@ -44,8 +45,7 @@ def run_trial(spec: TrialSpec, send: Send) -> None:
     except UnsoundError as reason:
         send({"failed": str(reason)})
     except (Exception, SystemExit, KeyboardInterrupt) as error:
-        lines = str(error).strip().splitlines()
-        send({"failed": f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__})
+        send({"failed": _in_a_line(error)})
         with suppress(OSError):  # a full disk, which may be what went wrong
             traceback.print_exc()
     else:
@@ -114,6 +114,12 @@ def main(path: str) -> None:
     channel = Channel(int(descriptor))
     channel.die_with_driver()
     run_trial(spec, channel.send)
+
+
+def _in_a_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 3] + "..."
 
 
 def _ignore(message: dict[str, Any]) -> None:
