@@ -135,6 +135,7 @@ CONTENDERS: dict[str, Callable[[Classifier, tuple[Tensor, ...], int], Classifier
     "half the operations from the start": partial(in_two_parts, one_shot, 0.0),
     "ChannelPruning": ours,
     "ChannelPruning, global": partial(ours, scope="global"),
+    "ChannelPruning, group lasso": partial(ours, lasso=1e-2),
     "prune_channels after half the epochs": partial(in_two_parts, one_shot, 0.5),
     "Torch-Pruning after half the epochs": partial(in_two_parts, torch_pruning, 0.5),
 }

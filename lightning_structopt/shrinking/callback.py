@@ -1,5 +1,6 @@
 """Channel pruning as a Lightning callback."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,7 +13,13 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_structopt._checks import require_choice, require_lightning, require_type, require_whole
+from lightning_structopt._checks import (
+    require_choice,
+    require_in,
+    require_lightning,
+    require_type,
+    require_whole,
+)
 from lightning_structopt._release import release
 from lightning_structopt.pruning import CubicRamp, IterativePruning, Magnitude
 from lightning_structopt.pruning.clock import Clock
@@ -73,6 +80,8 @@ class ChannelPruning(Callback):
         minimum: Keep at least this many of each group.
         include_normalized: Take also from what a layer, group or RMS norm reduces over, so that removal changes
             outputs.
+        lasso: Strength of a group lasso over channels, from the first step until the window closes: it brings
+            whole channels near zero before they go. 0 for none; try 1e-4 to 1e-2, the more the shorter training is.
         verbose: Whether to print a table of costs before and after removal.
 
     Raises:
@@ -106,6 +115,7 @@ class ChannelPruning(Callback):
         round_to: int = 1,
         minimum: int = 1,
         include_normalized: bool = False,
+        lasso: float = 0.0,
         verbose: bool = True,
     ) -> None:
         self.criterion = Magnitude() if criterion is None else criterion
@@ -118,11 +128,13 @@ class ChannelPruning(Callback):
         require_choice("scope", scope, ("layer", "global"))
         require_whole("round_to", round_to, 1)
         require_whole("minimum", minimum, 1)
+        require_in("lasso", lasso, 0, math.inf, closed="left")
         self.target = target
         self.interval = interval
         self.remove = remove
         self.example_input = example_input
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
+        self.lasso = lasso
         self.verbose = verbose
         self.shrunk: nn.Module | None = None
         """The smaller module, after a ``fit`` with ``remove="end"``."""
@@ -132,17 +144,16 @@ class ChannelPruning(Callback):
         self._limits = Limits(scope, round_to, minimum, include_normalized)
         # Between fits everything rests here, as plain data: no reference to a module outlives its training.
         self._state: dict[str, Any] = {}
-        self._from_checkpoint = False
+        self._outcome: dict[str, Any] = {}
+        self._from_checkpoint = self._started = False
         self._run: ChannelRun | None = None
         self._handle: Any = None
         self._moment: int | None = None
-        self._started = False
-        self._outcome: dict[str, Any] = {}
 
     @property
     def plan(self) -> ShrinkPlan | None:
         """What is removed, and how; None before the window closed."""
-        data = self.state_dict().get("plan")
+        data = (self._state if self._run is None else self._outcome).get("plan")
         return None if data is None else ShrinkPlan.from_data(data)
 
     @property
@@ -201,7 +212,7 @@ class ChannelPruning(Callback):
 
     @override
     def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if self._moment != self._clock.steps.last and self._run is not None and self.plan is None:
+        if self._run is not None and not self._outcome["closed"]:
             rank_zero_warn(unfinished(self.left))
 
     @override
@@ -248,7 +259,7 @@ class ChannelPruning(Callback):
             f"every={self._window.every!r}, remove={self.remove!r}, example_input={self.example_input!r}, "
             f"exclude={self.exclude!r}, scope={limits.scope!r}, round_to={limits.round_to!r}, "
             f"minimum={limits.minimum!r}, include_normalized={limits.include_normalized!r}, "
-            f"verbose={self.verbose!r})"
+            f"lasso={self.lasso!r}, verbose={self.verbose!r})"
         )
 
     def _start(self, trainer: Any, pl_module: "pl.LightningModule", batch: Any) -> None:
@@ -260,17 +271,17 @@ class ChannelPruning(Callback):
             return  # nothing is left to do
         inputs = trainer.precision_plugin.convert_input(example_for(pl_module, self.example_input, batch))
         known = self._state.get("target_flops") if resumes else None
-        wanted = (self.exclude, self.target, self.criterion, self._limits)
+        wanted = (self.exclude, self.target, self.criterion, self._limits, self.lasso)
         run, flops = prepared(pl_module, inputs, *wanted, known, trainer.strategy)
         for other in trainer.callbacks:
             if isinstance(other, IterativePruning):
                 require_no_other_owner(run.masks.parameters, other.masks)
-        self._outcome = {"plan": None, "removed": False, "target_flops": flops}
-        if (resumes and self._state) or run.fits(self._state):
+        self._outcome = {"plan": None, "removed": False, "closed": False, "target_flops": flops}
+        if (resumes and "kept" in self._state) or run.fits(self._state):
             run.load_state_dict(self._state)
             run.forget_pruned([], averaged_modules(trainer))
             self._outcome = {name: self._state[name] for name in self._outcome}
-        run.attach(trainer.optimizers)
+        run.attach(trainer.optimizers, penalize=not self._outcome["closed"])
         self._run = run
         if not pl_module.automatic_optimization:
             run.act_before_raw_steps(lambda o: self._before_step(trainer, pl_module, o), trainer.optimizers)
@@ -287,29 +298,26 @@ class ChannelPruning(Callback):
         if run.prune(1 - self.ramp(progress, 1 - run.budget.keep)):
             require_same_on_all_ranks(trainer, run.masks)
             run.forget_pruned(trainer.optimizers, averaged_modules(trainer))
-        if progress == 1 and self.remove != "never":
+        if progress == 1:
             self._close(trainer, pl_module, run)
         self._log(trainer, pl_module, on_step=True)
 
     def _close(self, trainer: Any, pl_module: "pl.LightningModule", run: ChannelRun) -> None:
         """Lay down what is removed, now that the window has closed, and remove it if that is to be now."""
-        if self._outcome["plan"] is None:
+        self._outcome["closed"] = True
+        run.close()
+        if self._outcome["plan"] is None and self.remove != "never":
             with same_randomness(pl_module):
                 self._outcome["plan"] = run.removed().plan.as_data()
         if self.remove == "now":
             inputs, flops = run.structure.inputs, run.flops
             before = costs_of(pl_module, flops[0], inputs) if self._tells(trainer) else None
-            self._remove_from(trainer, pl_module, run)
+            run.detach()
+            self._state = {**self._outcome, "left": run.left, "removed": True}
+            self._run = None
+            shrink_during_fit(trainer, pl_module, ShrinkPlan.from_data(self._state["plan"]))
             if before is not None:
                 self._tell(Savings(before, costs_of(pl_module, flops[1], inputs)))
-
-    def _remove_from(self, trainer: Any, pl_module: "pl.LightningModule", run: ChannelRun) -> None:
-        plan = self.plan
-        assert plan is not None
-        run.detach()
-        self._state = {**run.state_dict(), **self._outcome, "evidence": {}, "removed": True}
-        self._run = None
-        shrink_during_fit(trainer, pl_module, plan)
 
     def _tells(self, trainer: Any) -> bool:
         """Whether what was saved is worth timing."""

@@ -19,6 +19,7 @@ from lightning_structopt.shrinking.choice import Order, Scope, importance, score
 from lightning_structopt.shrinking.costs import flop_count
 from lightning_structopt.shrinking.graph_form import kept_labels
 from lightning_structopt.shrinking.groups import ChannelGroup
+from lightning_structopt.shrinking.lasso import CoupledLasso
 from lightning_structopt.shrinking.plan import require_same_shapes
 from lightning_structopt.shrinking.removal import dropped_indices, remove
 from lightning_structopt.shrinking.report import ShrinkReport
@@ -53,6 +54,7 @@ class ChannelRun:
         target: How small it shall get.
         criterion: How important a weight is.
         limits: What restricts the choice.
+        lasso: The strength of a group lasso over channels, until :meth:`close`; 0 for none.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class ChannelRun:
         target: Target,
         criterion: Criterion,
         limits: Limits,
+        lasso: float = 0.0,
     ) -> None:
         self.structure = structure
         self.groups = groups
@@ -73,6 +76,7 @@ class ChannelRun:
         self.collector = EvidenceCollector(criterion, scored_parameters(structure.module, groups))
         self._limits = limits
         self._raw_steps: RawSteps | None = None
+        self._lasso = CoupledLasso(structure, groups, lasso) if lasso else None
         self._keep = 1.0  # what was asked for last
 
     @property
@@ -97,8 +101,8 @@ class ChannelRun:
         self.budget.require_reachable(order)
         return self._removed(self.budget.choose(order))
 
-    def attach(self, optimizers: Sequence[Optimizer]) -> None:
-        """Begin to watch the module and its ``optimizers``.
+    def attach(self, optimizers: Sequence[Optimizer], penalize: bool = True) -> None:
+        """Begin to watch the module and its ``optimizers``; with the penalty, if there is one and it goes on.
 
         Raises:
             ValueError: If the criterion can't score the weights of the module.
@@ -106,6 +110,13 @@ class ChannelRun:
         self.collector.attach(self.structure.module)
         # Callbacks that come later may still change gradients.
         self.guard.attach(optimizers, gradients_are_final=False)
+        if self._lasso is not None and penalize:
+            self._lasso.attach(optimizers)
+
+    def close(self) -> None:
+        """End the penalty, as no more channels will go."""
+        if self._lasso is not None:
+            self._lasso.detach()
 
     def act_before_raw_steps(self, act: Callable[[Optimizer], None], optimizers: Sequence[Optimizer]) -> None:
         """Call ``act`` before each step of ``optimizers`` that :meth:`announce` did not announce."""
@@ -121,6 +132,7 @@ class ChannelRun:
         """Stop watching."""
         if self._raw_steps is not None:
             self._raw_steps.detach()
+        self.close()
         self.collector.detach()
         self.guard.detach()
 

@@ -33,6 +33,7 @@ def prepared(
     target: Target,
     criterion: Criterion,
     limits: Limits,
+    lasso: float,
     known_flops: float | None,
     strategy: Any,
 ) -> tuple[ChannelRun, float | None]:
@@ -45,6 +46,7 @@ def prepared(
         target: How small it shall get.
         criterion: How important a weight is.
         limits: What restricts the choice.
+        lasso: The strength of a group lasso over channels.
         known_flops: The fraction of FLOPs that a target of latency was found to be, in the run that goes on.
         strategy: Lightning's, which tells all ranks what the first one timed.
 
@@ -62,7 +64,7 @@ def prepared(
             if flops is None:
                 flops = float(strategy.broadcast(flops_for(structure, groups, target, limits)))
             target = FLOPs(flops)
-        run = ChannelRun(structure, groups, target, criterion, limits)
+        run = ChannelRun(structure, groups, target, criterion, limits, lasso)
         run.rehearse()
     return run, flops
 
