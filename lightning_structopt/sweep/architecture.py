@@ -1,8 +1,10 @@
 """ArchitectureSweep: the front door."""
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -136,17 +138,18 @@ class ArchitectureSweep:
         """
         plan = self._plan
         with _locked(plan.directory):
-            space = plan.space
+            space = None if plan.space is None else copy.deepcopy(plan.space)  # its sampler draws
             storage = self._storage or f"journal:{plan.directory / 'journal.log'}"
-            sampler = None if space is None else space.sampler
-            ledger = Ledger(storage, plan.directory.name, plan.mode, sampler)
+            ledger = Ledger(storage, plan.directory.name, plan.mode, None if space is None else space.sampler)
             if ledger.description:
                 require_same(ledger.description, plan.describe(), plan.directory)
+                if space is not None:
+                    ledger.resume(space, plan.seed)
             else:
                 ledger.describe(plan.describe())
             plan.write_data((data, val_dataloaders))
             with Display(plan.monitor, self._progress) as display:
-                Driver(plan, ledger, self._executor, display).run()
+                Driver(replace(plan, space=space), ledger, self._executor, display).run()
             result = ranked(plan, ledger.records())
         if result.best.score is None:
             reasons = "; ".join(f"{c.name}: {c.state}: {c.reason}" for c in result.candidates)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import cloudpickle  # type: ignore[import-untyped]
+from torch import Tensor
 
 Build = Callable[..., Any]
+_DEEPEST = 20  # levels of objects within objects; some hold themselves
 # What the budget and the directory decide.
 _OWNED = (
     "max_epochs",
@@ -111,30 +112,34 @@ def _name(candidate: Any) -> str:
     return str(getattr(build, "__name__", type(build).__name__))
 
 
-def _parts(value: Any) -> list[bytes]:
+def _parts(value: Any, depth: int = 0) -> list[bytes]:
+    """Return what tells ``value`` from others, alike in every process: pickles of one object differ between them."""
+    if depth > _DEEPEST:
+        return []
     if isinstance(value, functools.partial):
-        return [
-            *_parts(value.func),
-            *(part for argument in value.args for part in _parts(argument)),
-            *(
-                part
-                for name in sorted(value.keywords)
-                for part in (name.encode(), *_parts(value.keywords[name]))
-            ),
-        ]
-    if isinstance(value, types.MethodType):
-        return [*_parts(value.__func__), *_parts(value.__self__)]
-    if isinstance(value, types.FunctionType):
+        held: list[Any] = [value.func, value.args, value.keywords]
+    elif isinstance(value, types.MethodType):
+        held = [value.__func__, value.__self__]
+    elif isinstance(value, types.FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        held = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *cells]
-        return [*_code(value.__code__), *(part for item in held for part in _parts(item))]
-    if isinstance(value, type):
-        methods = (vars(value)[name] for name in sorted(vars(value)))
-        codes = [part for m in methods if isinstance(m, types.FunctionType) for part in _code(m.__code__)]
-        return [value.__qualname__.encode(), *codes]
-    if isinstance(value, (str, bytes, int, float, complex, type(None))):
+        held = [value.__code__, value.__defaults__, value.__kwdefaults__, cells]
+    elif isinstance(value, types.CodeType):
+        return _code(value)
+    elif isinstance(value, type):
+        held = [value.__qualname__, [m for m in vars(value).values() if isinstance(m, types.FunctionType)]]
+    elif isinstance(value, Tensor):
+        held = [str(value.dtype), tuple(value.shape), value.detach().cpu().double().flatten().tolist()]
+    elif isinstance(value, dict):
+        held = [item for pair in value.items() for item in pair]
+    elif isinstance(value, (set, frozenset)):
+        held = sorted(map(repr, value))
+    elif isinstance(value, (list, tuple)):
+        held = list(value)
+    elif isinstance(value, (str, bytes, int, float, complex, type(None))):
         return [repr(value).encode()]
-    return [bytes(cloudpickle.dumps(value))]
+    else:
+        held = [type(value), getattr(value, "__dict__", {})]
+    return [type(value).__name__.encode(), *(part for item in held for part in _parts(item, depth + 1))]
 
 
 def _code(code: types.CodeType) -> list[bytes]:

@@ -116,11 +116,11 @@ def serve(control: socket.socket) -> tuple[dict[str, Any], int] | None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     children: set[int] = set()
     while True:
-        ready, _, _ = select.select([control, woken], [], [])
+        ready, _, _ = select.select([control.fileno(), woken], [], [])
         if woken in ready:
             os.read(woken, 4096)
             _report_ends(control, children)
-        if control in ready:
+        if control.fileno() in ready:
             message, descriptors, _, _ = socket.recv_fds(control, _LONGEST, 1)
             if not message:
                 return None

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,15 +134,34 @@ class Ledger:
         trial = self._trial(number)
         trial.set_user_attr("refused", refused)
         trial.set_user_attr("reason", reason)
-        self._study.tell(number, state=TrialState.FAIL)
+        self._tell(number, state=TrialState.FAIL)
 
     def stop(self, number: int) -> None:
         """Write down that others were better."""
-        self._study.tell(number, state=TrialState.PRUNED)
+        self._tell(number, state=TrialState.PRUNED)
 
     def finish(self, number: int, score: float) -> None:
         """Write down that a candidate came to the end."""
-        self._study.tell(number, score)
+        self._tell(number, values=score)
+
+    def resume(self, space: SearchSpace, seed: int) -> None:
+        """Bring the sampler's random state to where it was: let it draw once more what it has drawn, unseen."""
+        with quiet():
+            unseen = optuna.create_study(direction=self._study.direction, sampler=space.sampler)
+        for trial in self._study.get_trials(deepcopy=False):
+            if trial.user_attrs.get("seed") == seed:
+                again = unseen.ask()
+                space.draw(again)
+                if trial.state == TrialState.COMPLETE:
+                    with suppress(RuntimeError):
+                        unseen.tell(again, trial.value)
+
+    def _tell(self, number: int, **outcome: Any) -> None:
+        try:
+            self._study.tell(number, **outcome)
+        except RuntimeError:  # a sampler of grids that is at the end asks Optuna's own loop to stop
+            if not self._study.get_trials(deepcopy=False)[number].state.is_finished():
+                raise
 
     def _trial(self, number: int) -> optuna.Trial:
         if number not in self._trials:  # begun by a driver before us

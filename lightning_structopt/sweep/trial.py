@@ -24,12 +24,15 @@ _QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary":
 
 
 def run_trial(spec: TrialSpec, send: Send) -> None:
-    """Train a candidate up to its rung; what comes of it goes through ``send``, and nothing is raised.
+    """Train a candidate up to its rung; what comes of it goes through ``send``, and errors do too.
 
     Args:
         spec: What to do.
         send: Takes ``{"costs": ...}``, one ``{"epoch": ..., "score": ...}`` for each epoch, and in the end
             ``{"done": ...}``, ``{"refused": reason}`` or ``{"failed": reason}``.
+
+    Raises:
+        KeyboardInterrupt: If that is what ended it.
     """
     finished: list[dict[str, Any]] = []
     start = monotonic()
@@ -44,7 +47,9 @@ def run_trial(spec: TrialSpec, send: Send) -> None:
         send({"refused": str(refusal)})
     except UnsoundError as reason:
         send({"failed": str(reason)})
-    except (Exception, SystemExit, KeyboardInterrupt) as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # of which Lightning makes an exit
+            raise KeyboardInterrupt from None
         send({"failed": _in_a_line(error)})
         with suppress(OSError):  # a full disk, which may be what went wrong
             traceback.print_exc()
