@@ -26,6 +26,7 @@ from lightning_structopt.blocks.signals import (
     judge,
 )
 from lightning_structopt.profiling import latency
+from lightning_structopt.profiling.inputs import as_call
 
 
 class AdaptiveReport(Callback):
@@ -313,9 +314,9 @@ def _measured(pl_module: "pl.LightningModule", example: Any) -> dict[str, Any]:
     timed = latency(pl_module, example)
     with dense(pl_module):
         full = latency(pl_module, example)
-    inputs = example if isinstance(example, tuple) else (example,)
+    call = as_call(pl_module, example)
     return {
-        "costs": expected_costs(pl_module, inputs),
+        "costs": expected_costs(pl_module, lambda: call(pl_module)),
         "latencies_ms": (full.median_ms, timed.median_ms),
         "batch_size": timed.batch_size,
     }

@@ -1,7 +1,8 @@
 """How much of its blocks a module ran, added up over batches and shown as a table."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -70,7 +71,7 @@ class Execution:
     def verdict(self) -> str:
         """Whether skipping saves time, in a sentence."""
         if self.latencies_ms is None:
-            return "Give the module an `example_input_array` to see whether skipping saves time."
+            return "Give the module an `example_input_array`, and run one process, to see whether skipping saves time."
         full, skipping = self.latencies_ms
         found = f"{full:.3g} ms in full, {skipping:.3g} ms adaptive, for {self.batch_size} samples"
         if skipping < full:
@@ -93,20 +94,33 @@ class Execution:
         return table
 
 
-def expected_costs(module: nn.Module, inputs: tuple[object, ...]) -> dict[str, float]:
-    """Return the operations that a row is expected to take in each adaptive block that runs on ``inputs``."""
-    seen: dict[AdaptiveBlock, tuple[Tensor, ...]] = {}
+def expected_costs(module: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
+    """Return the operations that a row is expected to take in each adaptive block.
+
+    Args:
+        module: The module.
+        run: Calls it on example inputs.
+
+    Returns:
+        The means over rows, by the name of each block that ran.
+    """
+    calls: dict[AdaptiveBlock, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(block, AdaptiveBlock)
+        calls[block] = args, kwargs
+
     blocks = adaptive_blocks(module)
-    handles = [block.register_forward_pre_hook(seen.__setitem__) for block in blocks.values()]
-    try:
-        with evaluating(module), torch.no_grad():
-            module(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks.values()]
     with evaluating(module), torch.no_grad():
-        return {
-            name: float(block.expected_cost(*seen[block]).double().mean())
-            for name, block in blocks.items()
-            if block in seen and len(seen[block][0])
-        }
+        try:
+            run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        found = {}
+        for name, block in blocks.items():
+            if block in calls:
+                args, kwargs = calls[block]
+                found[name] = float(block.expected_cost(*args, **kwargs).double().mean())
+    return found

@@ -141,7 +141,8 @@ class GateBudget:
 
     Given to a ``GatedBlock`` it holds for that block, as in Veit and Belongie, 2018
     (https://arxiv.org/abs/1711.11503); given to :func:`~lightning_structopt.blocks.auxiliary_loss` it holds for the
-    cost of all blocks together, which may then share it out unevenly.
+    cost of all blocks together, which may then share it out unevenly. It holds for the gates of training: those of
+    evaluation, without noise, come near it as training makes gates sure. ``AdaptiveReport`` shows both.
 
     Args:
         target: The share :math:`t` of rows, or of costs, in [0, 1].

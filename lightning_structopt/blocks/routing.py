@@ -128,7 +128,8 @@ class RoutedBlock(AdaptiveBlock):
 
     def _chosen(self, probabilities: Tensor) -> Tensor:
         """Return the experts of each row, best first and ties to the first, of shape (rows, top_k)."""
-        left, chosen = probabilities.detach(), []
+        left = probabilities.detach()
+        chosen: list[Tensor] = []
         for rank in range(self.top_k):  # `topk` and `sort` promise less about ties, or can't be exported
             if rank:
                 left = left.scatter(1, chosen[-1], -1)
@@ -173,7 +174,7 @@ class RoutedBlock(AdaptiveBlock):
         order = order[: sum(counts)]
         where = order // self.top_k
         parts, total = [], rows
-        for expert, mine in zip(self.experts, rows[where].split(counts), strict=True):
+        for expert, mine in zip(self.experts, torch.split(rows[where], counts), strict=True):
             if len(mine) or has_shards(expert):
                 parts.append(self._run(expert, mine))
                 require_same_shape("RoutedBlock", parts[-1], mine)

@@ -14,7 +14,7 @@ from support import Classifier, dataset, loader, trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_structopt.blocks import AdaptiveReport, GatedBlock
+from lightning_structopt.blocks import AdaptiveComputationUnit, AdaptiveReport, Gate, GatedBlock
 from lightning_structopt.blocks.execution import Execution
 
 
@@ -77,6 +77,28 @@ def test_the_table_names_blocks_and_says_whether_skipping_is_faster(
     assert "for 64 samples" in printed.replace("\n", " ")
     router, expert = 2 * 16 * 4, 2 * 2 * 16 * 8
     assert report.execution.costs == {"net.1": router + expert}
+
+
+class Recurrent(Adaptive):
+    """Calls its block by keyword, and is called by keyword itself."""
+
+    def __init__(self) -> None:
+        super().__init__("act")
+        self.net = AdaptiveComputationUnit(nn.GRUCell(12, 4), Gate(4), 3)
+        self.example_input_array = {"inputs": torch.randn(8, 12)}
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.net(inputs, state=inputs[:, :4])
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+
+def test_blocks_may_be_called_by_keyword(tmp_path: Path) -> None:
+    report = AdaptiveReport(table=False)
+    trainer(tmp_path, report, max_epochs=1).fit(Recurrent(), loader(), loader())
+    assert report.execution.costs["net"] > 2 * 12 * 12
+    assert report.execution.latencies_ms
 
 
 @pytest.mark.parametrize(
