@@ -66,6 +66,7 @@ class AllAtOnce(nn.Module):
         self._slots: list[list[_Slot]] = []  # by member
         self._stacks: list[Tensor] = []
         self._copied: list[tuple[int, int]] = []
+        self._held: list[Tensor] = []  # so that nothing else comes to lie where they did
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -93,6 +94,7 @@ class AllAtOnce(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 self._stacks = [torch.stack(same) for same in zip(*tensors, strict=True)]
             self._copied = now
+            self._held = [tensor.detach() for held in tensors for tensor in held]
 
 
 def _slots_of(module: nn.Module) -> list[_Slot]:

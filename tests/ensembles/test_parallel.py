@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from nets import Answers, Regressor, classifiers, fit, logits, numbers, rows
 from support import Classifier, adamw, assert_same_state, dataset, loader, trainer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_structopt.distillation import DistillationModule
@@ -360,3 +360,36 @@ def test_averages_of_weights_are_kept_beside(tmp_path: Path) -> None:
     for value in seen[1:]:
         average = 0.5 * average + 0.5 * value
     torch.testing.assert_close(ensemble.weights.scores.detach(), average, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("class_dim", [1, -1])
+def test_pixels_and_tokens(class_dim: int, tmp_path: Path) -> None:
+    class Places(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            torch.manual_seed(seed)
+            self.line = nn.Linear(3, 4)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.line(inputs).movedim(-1, class_dim)
+
+    members = [Places(seed) for seed in range(2)]
+    ensemble = ParallelEnsemble(members, "learned", class_dim=class_dim, lr=0.1)
+    inputs, labels = torch.randn(8, 6, 3), torch.arange(48).reshape(8, 6) % 4
+    data = DataLoader(TensorDataset(inputs, labels), 4)
+    fit(tmp_path, ensemble, data=data, max_epochs=1)
+    found = trainer(tmp_path).validate(ensemble, data, verbose=False)[0]
+    weights = ensemble.weights().detach()
+    probabilities = sum(w * m.line(inputs).softmax(-1) for w, m in zip(weights, members, strict=True))
+    expected = -probabilities.gather(-1, labels.unsqueeze(-1)).log().mean()
+    assert found["val_loss"] == pytest.approx(float(expected), rel=1e-4)
+    right = (probabilities.argmax(-1) == labels).float().mean()
+    assert found["val_accuracy"] == pytest.approx(float(right))
+
+
+def test_weights_of_half_precision(tmp_path: Path) -> None:
+    ensemble = ParallelEnsemble(classifiers(), "learned")
+    fit(tmp_path, ensemble, precision="bf16-true")
+    output = ensemble(dataset().tensors[0].bfloat16())
+    assert ensemble.weights().dtype == torch.bfloat16
+    torch.testing.assert_close(output.exp().sum(1), torch.ones(32))
