@@ -178,7 +178,7 @@ def main(descriptor: int) -> None:
     if work is not None:
         _become(*work)
         import_module("lightning_structopt.sweep.trial").main(work[0]["spec"])
-        _leave()
+    _leave()
 
 
 def _leave() -> None:

@@ -95,6 +95,8 @@ def test_more_devices_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="Found `accelerator='gpu'` and no GPU"):
         of({"accelerator": "gpu"})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match="Found `strategy='ddp_spawn'`. Take 'ddp'"):
+        of({"accelerator": "cpu", "devices": 2, "strategy": "ddp_spawn"})
     of({"accelerator": "gpu", "devices": 2}, LocalProcesses(workers=2))
     with pytest.raises(ValueError, match="Found 2 workers of 3 GPUs each, and 4 GPUs"):
         of({"accelerator": "gpu", "devices": 3}, LocalProcesses(workers=2))
