@@ -40,7 +40,7 @@ from lightning_structopt.shrinking.host import (
 from lightning_structopt.shrinking.plan import ShrinkPlan
 from lightning_structopt.shrinking.run import ChannelRun, Limits
 from lightning_structopt.shrinking.savings import Savings, costs_of, savings
-from lightning_structopt.shrinking.start import prepared, same_randomness
+from lightning_structopt.shrinking.start import prepared
 from lightning_structopt.shrinking.targets import Latency, Target
 from lightning_structopt.shrinking.timing import warn_if_missed
 
@@ -307,8 +307,7 @@ class ChannelPruning(Callback):
         self._outcome["closed"] = True
         run.close()
         if self._outcome["plan"] is None and self.remove != "never":
-            with same_randomness(pl_module):
-                self._outcome["plan"] = run.removed().plan.as_data()
+            self._outcome["plan"] = run.removed().plan.as_data()
         if self.remove == "now":
             inputs, flops = run.structure.inputs, run.flops
             before = costs_of(pl_module, flops[0], inputs) if self._tells(trainer) else None

@@ -1,13 +1,11 @@
 """Everything that channel pruning finds out before the first step."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_structopt._devices import device_of
 from lightning_structopt.pruning.criteria import Criterion
 from lightning_structopt.shrinking.budget import Budget
 from lightning_structopt.shrinking.channels import groups_to_choose_from
@@ -16,14 +14,6 @@ from lightning_structopt.shrinking.groups import ChannelGroup
 from lightning_structopt.shrinking.run import ChannelRun, Limits
 from lightning_structopt.shrinking.structure import Structure, structure_of
 from lightning_structopt.shrinking.targets import FLOPs, Latency, Target
-
-
-@contextmanager
-def same_randomness(module: nn.Module) -> Iterator[None]:
-    """Leave the random numbers of training as they would have been."""
-    device = device_of(module)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 def prepared(
@@ -56,16 +46,15 @@ def prepared(
     Raises:
         ValueError: If it doesn't work.
     """
-    with same_randomness(module):
-        structure = structure_of(module, inputs, exclude)
-        groups = groups_to_choose_from(structure, limits.include_normalized, same_class=True)
-        flops = known_flops
-        if isinstance(target, Latency):
-            if flops is None:
-                flops = float(strategy.broadcast(flops_for(structure, groups, target, limits)))
-            target = FLOPs(flops)
-        run = ChannelRun(structure, groups, target, criterion, limits, lasso)
-        run.rehearse()
+    structure = structure_of(module, inputs, exclude)
+    groups = groups_to_choose_from(structure, limits.include_normalized, same_class=True)
+    flops = known_flops
+    if isinstance(target, Latency):
+        if flops is None:
+            flops = float(strategy.broadcast(flops_for(structure, groups, target, limits)))
+        target = FLOPs(flops)
+    run = ChannelRun(structure, groups, target, criterion, limits, lasso)
+    run.rehearse()
     return run, flops
 
 

@@ -3,8 +3,10 @@
 import warnings
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lightning_structopt._devices import device_of
 from lightning_structopt.profiling.latency import latency
 from lightning_structopt.shrinking.costs import Cost
 from lightning_structopt.shrinking.graph_form import smaller_graph
@@ -36,8 +38,13 @@ def milliseconds(structure: Structure) -> Cost:
 
 
 def time_of(module: nn.Module, inputs: tuple[Any, ...]) -> float:
-    """Return how long a forward pass of ``module`` takes, in milliseconds: the fastest quarter, as others disturb."""
-    return latency(module, inputs, seconds=_SECONDS).quartiles_ms[0]
+    """Return how long a forward pass of ``module`` takes, in milliseconds: the fastest quarter, as others disturb.
+
+    Random numbers that it draws are drawn again afterwards.
+    """
+    device = device_of(module)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        return latency(module, inputs, seconds=_SECONDS).quartiles_ms[0]
 
 
 def _smaller(structure: Structure, kept: Tensor, lists: dict[str, dict[int, list[int]]]) -> nn.Module:

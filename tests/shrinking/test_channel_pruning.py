@@ -299,20 +299,49 @@ def test_a_second_fit_goes_on_with_what_is_gone(tmp_path: Path) -> None:
     assert pruning.plan != before
 
 
-def test_dropout_draws_the_numbers_that_it_would_have_drawn(tmp_path: Path) -> None:
+class Noisy(Residual):
+    """Draws numbers in training and in evaluation, and has a head that runs in training only."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.5)
+        self.extra = nn.Linear(4, 2)
+
+    def forward(self, images: Tensor) -> Any:
+        outputs = super().forward(images + 0 * torch.randn(1))
+        return (outputs, self.extra(outputs)) if self.training else outputs
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0])[0], batch[1])
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_training_draws_the_numbers_that_it_would_have_drawn(verbose: bool, tmp_path: Path) -> None:
     class Draws(pl.Callback):
         def on_train_batch_end(self, *args: Any) -> None:
             drawn.append(torch.get_rng_state())
 
     draws = []
-    for callbacks in ([], [quiet(FLOPs(0.5), remove="now")]):
+    for callbacks in ([], [quiet(FLOPs(0.5), remove="now", verbose=verbose)]):
         drawn: list[Tensor] = []
-        torch.manual_seed(5)
-        module = Residual(dropout=0.5)
+        module = Noisy()
         torch.manual_seed(5)
         trainer(tmp_path, *callbacks, Draws(), max_epochs=2).fit(module, images())
         draws.append(drawn)
     assert_same_state(*draws)
+
+
+def test_optimizers_forget_what_is_gone(tmp_path: Path) -> None:
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            weight = pl_module.net[0].weight
+            gone = (weight == 0).all(1)
+            if gone.any():
+                counts.append(int(gone.sum()))
+                assert not trainer.optimizers[0].state[weight]["momentum_buffer"][gone].any()
+
+    counts: list[int] = []
+    trainer(tmp_path, quiet(ramp=OneShotRamp(), begin=0.5, end=0.55), Look()).fit(Classifier(sgd), loader())
+    assert counts[0] == 8
 
 
 def test_the_table_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
