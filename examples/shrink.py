@@ -1,4 +1,4 @@
-"""Train a network, take half of its operations away for real, fine-tune it, and compare the two.
+"""Take half of a network's operations away for real, after training or while it trains, and compare.
 
     python examples/shrink.py                        # handwritten digits
     python examples/shrink.py --keep 0.3             # keep 30% of the operations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_structopt as so
+from lightning_structopt.shrinking import ChannelPruning
 
 
 class Residual(nn.Module):
@@ -60,12 +61,14 @@ class Classifier(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
 
-def fit(module: pl.LightningModule, loader: DataLoader, epochs: int) -> so.CostMonitor:
+def fit(
+    module: pl.LightningModule, loader: DataLoader, epochs: int, *callbacks: pl.Callback
+) -> so.CostMonitor:
     """Train and return what it took."""
     monitor = so.CostMonitor()
     pl.Trainer(
         max_epochs=epochs,
-        callbacks=[monitor, so.LRDecay(so.Cosine(minimum=0.05))],
+        callbacks=[monitor, so.LRDecay(so.Cosine(minimum=0.05)), *callbacks],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -101,7 +104,13 @@ def main() -> None:
     console.print("Fine-tuning the small one")
     costs["small"] = fit(small, train, max(1, epochs // 2))
 
-    report = so.compare({"dense": dense, "small": small}, test, example_input=test_x[:64], training=costs)
+    console.print("Training one that gets small meanwhile")
+    gradual = Classifier()
+    pruning = ChannelPruning(so.FLOPs(arguments.keep), interval="step", every=10, end=0.6, remove="now")
+    costs["meanwhile"] = fit(gradual, train, epochs + max(1, epochs // 2), pruning)
+
+    modules = {"dense": dense, "small": small, "meanwhile": gradual}
+    report = so.compare(modules, test, example_input=test_x[:64], training=costs)
     console.print(report)
     report.to_html("shrink.html")
     console.print("Written: shrink.html")
