@@ -1,0 +1,65 @@
+"""Checkpoints that commands read and write, with the plan of what was made smaller."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import __version__ as lightning_version
+from torch import nn
+
+from lightning_structopt.shrinking import ShrinkReport
+from lightning_structopt.shrinking.loading import OWNER, plan_in, whole_again
+
+
+def loaded(module: nn.Module, checkpoint: Path | None) -> nn.Module:
+    """Return ``module`` with the weights of ``checkpoint``, smaller if those are.
+
+    Raises:
+        ValueError: If it is no checkpoint, or not of this module.
+    """
+    if checkpoint is None:
+        return module
+    state, plan = _read(checkpoint), None
+    if "state_dict" in state:
+        plan, state = plan_in(state), state["state_dict"]
+    try:
+        module.load_state_dict(state if plan is None else whole_again(state, plan))
+    except RuntimeError as error:
+        raise ValueError(
+            f"A checkpoint must fit its model. Found that {str(checkpoint)!r} doesn't fit "
+            f"`{type(module).__name__}`: {error}"
+        ) from error
+    return module if plan is None else plan.apply(module)
+
+
+def small_checkpoint(report: ShrinkReport, source: Path | None) -> dict[str, Any]:
+    """Return a checkpoint for ``so.load_shrunk``: hyperparameters of ``source``, the small weights and their plan."""
+    kept = {} if source is None else _read(source)
+    known = {
+        name: value
+        for name, value in kept.items()
+        if name in {"hyper_parameters", "hparams_name", "epoch", "global_step"}
+    }
+    return {
+        "pytorch-lightning_version": lightning_version,
+        **known,
+        "state_dict": report.module.state_dict(),
+        "callbacks": {OWNER: {"plan": report.plan.as_data()}},
+    }
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    try:
+        found = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever unpickling raises on a file that is something else
+        raise ValueError(
+            "A checkpoint must be a file of tensors and plain data, so that loading it runs no code. Found "
+            f"{str(checkpoint)!r}, which isn't. Give a checkpoint of Lightning, or a state dict saved by `torch.save`."
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"A checkpoint must hold a state dict. Found a `{type(found).__name__}` in {str(checkpoint)!r}."
+        )
+    return found
