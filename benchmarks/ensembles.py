@@ -138,7 +138,7 @@ def contenders(
     yield "cascade", cascade(tiny, everyone, held_out).eval()
     student, alone = made(seed + 600), made(seed + 600)
     train(
-        so.DistillationModule(everyone.as_teacher(), student, so.SoftTarget(2.0), 0.9), data, seed, 2 * epochs
+        so.DistillationModule(everyone.as_teacher(), student, so.SoftTarget(1.0), 0.9), data, seed, 2 * epochs
     )
     yield "distilled, twice the epochs", student.eval()
     train(alone, data, seed, 2 * epochs)

@@ -117,11 +117,13 @@ def main() -> None:
     pl.seed_everything(count, verbose=False)
     student = Classifier(size)
     fit(
-        so.DistillationModule(everyone.as_teacher(), student, so.SoftTarget(2.0), alpha=0.9),
+        so.DistillationModule(everyone.as_teacher(), student, so.SoftTarget(1.0), alpha=0.9),
         train,
         2 * epochs,
     )
 
+    alone = [(member(test_x).argmax(1) == test_y).float().mean() for member in members]
+    console.print(f"Members by themselves are right about {100 * float(sum(alone)) / count:.2f}% on average")
     models = {
         "one member": members[0],
         f"all {count}": everyone,
