@@ -70,7 +70,7 @@ def test_evaluates_in_low_precision(name: str) -> None:
     assert net.bfloat16()(inputs.bfloat16()).dtype == torch.bfloat16
 
 
-@every_net
+@pytest.mark.parametrize("name", ["gated", "routed", "act", "exits"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at all attributes
 def test_compiles_with_graph_breaks(name: str, training: bool) -> None:
@@ -78,7 +78,7 @@ def test_compiles_with_graph_breaks(name: str, training: bool) -> None:
     net = NETS[name]().train(training)
     twin = copy.deepcopy(net)
     compiled = torch.compile(twin, backend="eager")
-    for size in (8, 8, 5):
+    for size in (8, 5):
         inputs = torch.randn(size, FEATURES)
         results = []
         for run, module in ((net, net), (compiled, twin)):
@@ -108,7 +108,7 @@ def test_exports_in_the_dense_form(name: str) -> None:
 @pytest.mark.skipif(
     any(find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")), reason="needs onnx"
 )
-@pytest.mark.parametrize("name", ["gated", "routed to two", "act", "exits"])
+@pytest.mark.parametrize("name", ["gated", "routed to two", "act"])
 @pytest.mark.filterwarnings("ignore")  # of the exporter's own
 def test_exports_to_onnx(name: str, tmp_path: Path) -> None:
     import onnxruntime
