@@ -24,15 +24,17 @@ def count_devices(trainer: Mapping[str, Any], workers: int = 1) -> int:
 
 
 def require_devices(trainer: Mapping[str, Any], workers: int) -> None:
-    """Raise unless the strategy fits and there are as many GPUs as ``workers`` trials take. CPU "devices" are processes: there are enough.
+    """Raise unless the strategy fits and there are as many GPUs as ``workers`` trials take.
+
+    CPU "devices" are processes: there are enough.
 
     Raises:
         ValueError: If it doesn't, or there are too few.
     """
     if str(trainer.get("strategy", "")).startswith(_SPAWNING):
         raise ValueError(
-            f"`trainer` must name a strategy that starts its ranks as programs. Found `strategy={trainer['strategy']!r}`. "
-            "Take 'ddp': trials are processes of their own, from notebooks too."
+            "`trainer` must name a strategy that starts its ranks as programs. Found "
+            f"`strategy={trainer['strategy']!r}`. Take 'ddp': trials are processes of their own, from notebooks too."
         )
     asked, there = count_devices(trainer), torch.cuda.device_count()
     if trainer.get("accelerator", "auto") in _GPU and there == 0:
