@@ -91,6 +91,7 @@ class ChannelPruning(Callback):
             not fit.
 
     Example:
+        >>> from lightning_structopt.shrinking.targets import FLOPs
         >>> callback = ChannelPruning(FLOPs(0.5))
         >>> trainer = pl.Trainer(max_epochs=20, callbacks=[callback])  # doctest: +SKIP
         >>> trainer.fit(module, loader)  # doctest: +SKIP

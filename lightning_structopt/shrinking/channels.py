@@ -60,6 +60,7 @@ def prune_channels(
         ValueError: If the module can't be traced, or can't get as small as the target.
 
     Example:
+        >>> import torch
         >>> from lightning_structopt.shrinking.targets import ChannelRatio
         >>> module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> prune_channels(module, ChannelRatio(0.5), torch.randn(2, 4))[0]
