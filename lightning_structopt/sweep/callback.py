@@ -63,9 +63,8 @@ class ExactResume(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._restored is None:
             return
-        # What Lightning does differently in the first epoch after a restart, it does for checkpoints from within an
-        # epoch: it keeps the iterator made before the samplers were told the epoch, and leaves out plateau schedulers.
-        trainer.fit_loop.restarting = False
+        # In the first epoch after a restart Lightning keeps the iterator that it made before samplers were told the
+        # epoch (#21938), and before the random states are what they were. Here every rung begins with a new epoch.
         trainer.fit_loop._resuming_from_checkpoint = False
         _restore_randomness(trainer, self._restored["ranks"][trainer.global_rank])
         self._restored = None
