@@ -51,6 +51,7 @@ from lightning_structopt.distillation import (
     born_again,
 )
 from lightning_structopt.ensembles import (
+    GatingNetwork,
     MixedEnsemble,
     OutOfFold,
     ParallelEnsemble,
@@ -202,6 +203,7 @@ __all__ = [
     "Gate",
     "GateBudget",
     "GatedBlock",
+    "GatingNetwork",
     "GeometricMedian",
     "GeometricRamp",
     "GradientSquared",

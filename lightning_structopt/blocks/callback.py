@@ -40,19 +40,19 @@ class AdaptiveReport(Callback):
     one process, it has what a sample is expected to cost too, and whether skipping saves time.
 
     Args:
-        table: Whether to show the table.
+        verbose: Whether to show the table.
 
     Raises:
-        TypeError: If ``table`` is not a bool.
+        TypeError: If ``verbose`` is not a bool.
 
     Example:
         >>> AdaptiveReport().execution is None
         True
     """
 
-    def __init__(self, table: bool = True) -> None:
-        require_type("table", table, bool)
-        self.table = table
+    def __init__(self, verbose: bool = True) -> None:
+        require_type("verbose", verbose, bool)
+        self.verbose = verbose
         self.execution: Execution | None = None
         self._meters: dict[str, ExecutionMeter] = {}
         self._fractions: dict[str, dict[str, float]] = {}
@@ -167,11 +167,11 @@ class AdaptiveReport(Callback):
 
     @override
     def __reduce__(self) -> tuple[type["AdaptiveReport"], tuple[bool]]:
-        return type(self), (self.table,)
+        return type(self), (self.verbose,)
 
     @override
     def __repr__(self) -> str:
-        return f"AdaptiveReport(table={self.table!r})"
+        return f"AdaptiveReport(verbose={self.verbose!r})"
 
     def _log(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         meter = self._meters[stage]
@@ -200,7 +200,7 @@ class AdaptiveReport(Callback):
         if example is not None and trainer.world_size == 1:
             measured = _measured(pl_module, moved(example, pl_module.device))
         self.execution = Execution(kinds, dict(self._fractions), **measured)
-        if self.table:
+        if self.verbose:
             _show(self.execution)
 
 

@@ -3,7 +3,7 @@
 from lightning_structopt.ensembles.calibration import TemperatureScaling, expected_calibration_error
 from lightning_structopt.ensembles.callback import SnapshotEnsemble
 from lightning_structopt.ensembles.diversity import disagreement, error_correlation
-from lightning_structopt.ensembles.mixed import Gate, Held, MixedEnsemble, OutOfFold, out_of_fold
+from lightning_structopt.ensembles.mixed import GatingNetwork, Held, MixedEnsemble, OutOfFold, out_of_fold
 from lightning_structopt.ensembles.parallel import ParallelEnsemble
 from lightning_structopt.ensembles.predictions import Predictions, predictions
 from lightning_structopt.ensembles.selection import Selection, select_greedily
@@ -13,7 +13,7 @@ from lightning_structopt.ensembles.weights import weights_by_metric
 
 __all__ = [
     "CascadeReport",
-    "Gate",
+    "GatingNetwork",
     "Held",
     "MixedEnsemble",
     "OutOfFold",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_structopt._checks import require_choice, require_type, require_whole
 from lightning_structopt.pruning.criteria import Criterion, Magnitude
@@ -28,7 +28,7 @@ def prune_channels(
     round_to: int = 1,
     minimum: int = 1,
     include_normalized: bool = False,
-    same_class: bool = False,
+    same_class: bool | None = None,
     exclude: Sequence[str] = (),
 ) -> nn.Module:
     """Return a smaller module without its least important channels, heads and neurons.
@@ -48,8 +48,8 @@ def prune_channels(
         minimum: Keep at least this many of each group.
         include_normalized: Take also from what a layer, group or RMS norm reduces over (the residual stream of
             a transformer), so that outputs change more than by what is gone.
-        same_class: Leave alone what only the exported graph could do without, sizes being written into code (the
-            heads of ``nn.MultiheadAttention``).
+        same_class: Whether to leave alone what only the exported graph could do without, sizes being written into
+            code (the heads of ``nn.MultiheadAttention``). None does so wherever the target can be reached like that.
         exclude: Globs on names of parameters that keep their shapes.
 
     Returns:
@@ -90,7 +90,7 @@ def channel_report(
     round_to: int = 1,
     minimum: int = 1,
     include_normalized: bool = False,
-    same_class: bool = False,
+    same_class: bool | None = None,
     exclude: Sequence[str] = (),
 ) -> ShrinkReport:
     """Do what :func:`prune_channels` does, with the same arguments, and return also the plan and the reasons.
@@ -106,11 +106,21 @@ def channel_report(
     require_whole("round_to", round_to, 1)
     require_whole("minimum", minimum, 1)
     structure = structure_of(module, example_input, exclude)
-    groups = groups_to_choose_from(structure, include_normalized, same_class)
-    order = Order.by(groups, importance(module, groups, criterion), scope, round_to, minimum)
-    budget = Budget(structure, groups, target)
-    budget.require_reachable(order)
-    report = remove(structure, budget.choose(order), include_normalized)
+
+    def chosen(same_class: bool) -> Tensor:
+        groups = groups_to_choose_from(structure, include_normalized, same_class)
+        order = Order.by(groups, importance(module, groups, criterion), scope, round_to, minimum)
+        budget = Budget(structure, groups, target)
+        budget.require_reachable(order)
+        return budget.choose(order)
+
+    try:
+        dropped = chosen(same_class is not False)
+    except ValueError:
+        if same_class is not None:
+            raise
+        dropped = chosen(same_class=False)  # the target is out of reach of the same class
+    report = remove(structure, dropped, include_normalized)
     if isinstance(target, Latency):
         warn_if_missed(target.keep, *(time_of(each, structure.inputs) for each in (module, report.module)))
     return report

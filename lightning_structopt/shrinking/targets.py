@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_structopt._checks import require_in, require_whole
+from lightning_structopt._checks import require_in
 from lightning_structopt.shrinking.costs import Cost, flop_count, parameter_count, size_count
 from lightning_structopt.shrinking.groups import ChannelGroup
 from lightning_structopt.shrinking.structure import Structure
 from lightning_structopt.shrinking.timing import milliseconds
+from lightning_structopt.sweep.constraints import MaxBytes as Bound
 
 
 class Target(ABC):
@@ -130,8 +131,8 @@ class Latency(_Fraction):
 
 
 @dataclass(frozen=True)
-class MaxBytes(Target):
-    """Keep what fits into this many bytes of parameters and buffers.
+class MaxBytes(Bound, Target):
+    """Keep what fits into this many bytes of parameters and buffers; of a sweep's candidates, those that do.
 
     Args:
         size_bytes: At least 1.
@@ -139,13 +140,13 @@ class MaxBytes(Target):
     Raises:
         TypeError: If ``size_bytes`` is not a whole number.
         ValueError: If ``size_bytes`` is below 1.
+
+    Example:
+        >>> MaxBytes(1000).reason({"bytes": 1010})
+        '1,010 bytes, more than 1,000'
     """
 
-    size_bytes: int
     is_limit = True
-
-    def __post_init__(self) -> None:
-        require_whole("size_bytes", self.size_bytes, 1)
 
     @override
     def cost(self, structure: Structure, groups: list[ChannelGroup]) -> Cost:

@@ -26,7 +26,7 @@ def open_by_hand(module: Adaptive, data: DataLoader) -> float:
 
 
 def test_validation_is_the_mean_over_samples(tmp_path: Path) -> None:
-    module, report = Adaptive("gated"), AdaptiveReport(table=False)
+    module, report = Adaptive("gated"), AdaptiveReport(verbose=False)
     data = DataLoader(dataset(21), batch_size=8)  # the last batch has 5
     nn.init.normal_(module.net[1].gate.net[2].weight, std=2.0)
     run = trainer(tmp_path, report)
@@ -43,7 +43,7 @@ def test_validation_is_the_mean_over_samples(tmp_path: Path) -> None:
 
 def test_checkpoints_may_monitor_it(tmp_path: Path) -> None:
     saved = ModelCheckpoint(tmp_path / "saved", monitor="executed/val", mode="min")
-    trainer(tmp_path, AdaptiveReport(table=False), saved).fit(Adaptive("exits"), loader(), loader())
+    trainer(tmp_path, AdaptiveReport(verbose=False), saved).fit(Adaptive("exits"), loader(), loader())
     assert saved.best_model_score is not None
 
 
@@ -58,7 +58,7 @@ class Sometimes(Adaptive):
 
 
 def test_batches_without_the_block_do_not_count(tmp_path: Path) -> None:
-    module, report = Sometimes("gated"), AdaptiveReport(table=False)
+    module, report = Sometimes("gated"), AdaptiveReport(verbose=False)
     nn.init.constant_(module.net[1].gate.net[2].bias, 100.0)
     run = trainer(tmp_path, report, max_epochs=1)
     run.fit(module, loader())
@@ -95,7 +95,7 @@ class Recurrent(Adaptive):
 
 
 def test_blocks_may_be_called_by_keyword(tmp_path: Path) -> None:
-    report = AdaptiveReport(table=False)
+    report = AdaptiveReport(verbose=False)
     trainer(tmp_path, report, max_epochs=1).fit(Recurrent(), loader(), loader())
     assert report.execution.costs["net"] > 2 * 12 * 12
     assert report.execution.latencies_ms
@@ -117,7 +117,7 @@ def test_without_blocks_it_says_so_and_trains(tmp_path: Path, caplog: pytest.Log
 
 def test_leaves_training_as_it_is(tmp_path: Path) -> None:
     states = []
-    for callbacks in ([], [AdaptiveReport(table=False)]):
+    for callbacks in ([], [AdaptiveReport(verbose=False)]):
         module = Adaptive("gated")
         pl.seed_everything(1, verbose=False)
         trainer(tmp_path, *callbacks).fit(module, loader(), loader())
@@ -143,6 +143,6 @@ def test_refuses_the_other_package() -> None:
         )
 
 
-def test_table_must_be_a_bool() -> None:
-    with pytest.raises(TypeError, match="`table` must be a `bool`"):
+def test_verbose_must_be_a_bool() -> None:
+    with pytest.raises(TypeError, match="`verbose` must be a `bool`"):
         AdaptiveReport("yes")

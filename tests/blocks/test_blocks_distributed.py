@@ -55,7 +55,7 @@ def whole(module: nn.Module) -> dict[str, Any]:
 def ddp(rank: int, root: Path) -> None:
     for name in NETS:
         for empty in (False, True):
-            module, report = Uneven(name, empty), AdaptiveReport(table=False)
+            module, report = Uneven(name, empty), AdaptiveReport(verbose=False)
             run = trainer(root, report, strategy="ddp", devices=2, max_epochs=2)
             run.fit(module, loader(), loader())
             logged = {key: float(value) for key, value in run.callback_metrics.items() if "executed" in key}

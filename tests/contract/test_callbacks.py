@@ -58,6 +58,13 @@ CALLBACKS: dict[str, Make] = {
     "LRDecay, epochs": lambda: so.LRDecay(so.Polynomial(power=2.0), interval="epoch"),
     "CostMonitor": so.CostMonitor,
     "LRDecay, horizon": lambda: so.LRDecay(so.Linear(), horizon=9),
+    "ChannelPruning, epochs": lambda: so.ChannelPruning(so.ChannelRatio(0.5), verbose=False),
+    "ChannelPruning, steps": lambda: so.ChannelPruning(
+        so.Parameters(0.6), criterion=so.Taylor(), interval="step", every=2, remove="never", verbose=False
+    ),
+    "SnapshotEnsemble": lambda: so.SnapshotEnsemble(cycles=2, minimum=0.1),
+    "ActivationCheck": lambda: so.ActivationCheck(every=3),
+    "AdaptiveReport": lambda: so.AdaptiveReport(verbose=False),
 }
 every_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
 pytestmark = [
@@ -238,6 +245,25 @@ CONFIGURATIONS = {
                 steps: 2
                 then: {class_path: lightning_structopt.MultiStep, init_args: {milestones: [4, 8]}}
             interval: step
+    """,
+    "ChannelPruning": """
+        - class_path: lightning_structopt.ChannelPruning
+          init_args:
+            target: {class_path: lightning_structopt.FLOPs, init_args: {keep: 0.5}}
+            criterion: {class_path: lightning_structopt.Taylor, init_args: {p: 2}}
+            verbose: false
+    """,
+    "SnapshotEnsemble": """
+        - class_path: lightning_structopt.SnapshotEnsemble
+          init_args: {cycles: 2, minimum: 0.1}
+    """,
+    "ActivationCheck": """
+        - class_path: lightning_structopt.ActivationCheck
+          init_args: {every: 3}
+    """,
+    "AdaptiveReport": """
+        - class_path: lightning_structopt.AdaptiveReport
+          init_args: {verbose: false}
     """,
 }
 

@@ -11,7 +11,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support import Classifier, adamw, assert_same_state, loader, trainer
+from support import CLASSES, FEATURES, Classifier, adamw, assert_same_state, loader, trainer
+from torch import nn
 
 import lightning_structopt as so
 
@@ -27,7 +28,23 @@ MODULES: dict[str, Make] = {
     ),
     "DistillationModule, average": lambda: so.DistillationModule(so.EMATeacher(0.9), Classifier(adamw)),
     "MutualDistillation": lambda: so.MutualDistillation([Classifier(adamw), Classifier(adamw, seed=2)]),
+    "ParallelEnsemble, together": lambda: so.ParallelEnsemble(members(), "learned", train_members=True),
+    "SerialEnsemble, chain": lambda: so.SerialEnsemble(members(), mode="chain"),
+    "ParallelEnsemble, weights": lambda: so.ParallelEnsemble(members(), "learned"),
+    "MixedEnsemble, stacking": lambda: so.MixedEnsemble(members(), seeded(2 * CLASSES, CLASSES)),
+    "MixedEnsemble, gating": lambda: so.MixedEnsemble(members(), so.GatingNetwork(seeded(FEATURES, 2))),
 }
+
+
+def members() -> list[pl.LightningModule]:
+    return [Classifier(adamw), Classifier(adamw, seed=2)]
+
+
+def seeded(inputs: int, outputs: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs)
+
+
 every_module = pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),

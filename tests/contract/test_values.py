@@ -51,6 +51,23 @@ VALUES = [
     so.Uniform(),
     so.ErdosRenyi(),
     so.PerLayer({"net.0.weight": 0.5}),
+    so.Latency(0.6),
+    so.MaxBytes(1_000_000),
+    so.StraightThrough(temperature=0.5),
+    so.Annealed(start=1.0, end=0.1, steps=100),
+    so.GateBudget(target=0.5),
+    so.Kaiming(mode="fan_out"),
+    so.Xavier(distribution="normal"),
+    so.Orthogonal(),
+    so.LSUV(),
+    so.SuccessiveHalving(1, 9, 3),
+    so.AsynchronousHalving(1, 9, 3),
+    so.Hyperband(1, 9, 3),
+    so.FixedRounds(rounds=2, epochs=1, keep=0.5),
+    so.LocalProcesses(workers=2),
+    so.MaxParameters(1000),
+    so.MaxFLOPs(1e6),
+    so.MaxLatency(5.0),
 ]
 every_value = pytest.mark.parametrize("value", VALUES, ids=repr)
 
@@ -59,7 +76,16 @@ def test_every_exported_dataclass_is_registered() -> None:
     exported = {
         name for name in so.__all__ if inspect.isclass(c := getattr(so, name)) and dataclasses.is_dataclass(c)
     }
-    holders = {"Calibration", "CollateWithIds", "ShrinkPlan"}  # of data, of a function, of names and indices
+    # Of data, functions, names and indices; and what is returned, not given.
+    holders = {
+        "Calibration",
+        "Candidate",
+        "CollateWithIds",
+        "Predictions",
+        "Selection",
+        "ShrinkPlan",
+        "SweepResult",
+    }
     assert exported - holders == {type(value).__name__ for value in VALUES}
 
 

@@ -56,7 +56,7 @@ CONFIGURATIONS: dict[str, tuple[Any, str, str]] = {
         "fit",
         """
   combiner:
-    class_path: lightning_structopt.ensembles.Gate
+    class_path: lightning_structopt.ensembles.GatingNetwork
     init_args:
       network: {class_path: torch.nn.Linear, init_args: {in_features: 12, out_features: 3}}
 """,

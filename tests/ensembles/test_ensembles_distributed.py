@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_structopt.ensembles import (
-    Gate,
+    GatingNetwork,
     MixedEnsemble,
     ParallelEnsemble,
     SerialEnsemble,
@@ -38,7 +38,7 @@ def ensembles() -> dict[str, Any]:
         "learned": ParallelEnsemble(classifiers(), "learned"),
         "together": ParallelEnsemble(plain(), "learned", train_members=True),
         "chain": Serial(lines, "chain", task="regression", optimizer=adamw),
-        "gate": MixedEnsemble(classifiers(2), Gate(nn.Linear(12, 2))),
+        "gate": MixedEnsemble(classifiers(2), GatingNetwork(nn.Linear(12, 2))),
     }
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_structopt.ensembles import (
-    Gate,
+    GatingNetwork,
     Held,
     MixedEnsemble,
     OutOfFold,
@@ -45,7 +45,7 @@ def test_a_network_sees_probabilities_side_by_side() -> None:
 
 def test_a_gate_gives_each_sample_its_own_weights() -> None:
     members, network = classifiers(3), nn.Linear(12, 3)
-    found = MixedEnsemble(members, Gate(network))(INPUTS).exp()
+    found = MixedEnsemble(members, GatingNetwork(network))(INPUTS).exp()
     for row in range(32):
         weights = network(INPUTS[row]).softmax(0)
         expected = sum(
@@ -54,7 +54,7 @@ def test_a_gate_gives_each_sample_its_own_weights() -> None:
         torch.testing.assert_close(found[row], expected)
     lines = [Regressor(seed=seed) for seed in range(3)]
     values = torch.stack([line(INPUTS) for line in lines], 1)
-    found = MixedEnsemble(lines, Gate(network), "regression")(INPUTS)
+    found = MixedEnsemble(lines, GatingNetwork(network), "regression")(INPUTS)
     torch.testing.assert_close(found, (network(INPUTS).softmax(1) * values).sum(1))
 
 
@@ -75,7 +75,7 @@ def test_a_gate_learns_whom_to_trust_where(tmp_path: Path) -> None:
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             return self.line((inputs - 19.5) / 10)
 
-    ensemble = MixedEnsemble(members, Gate(Place()), lr=0.3)
+    ensemble = MixedEnsemble(members, GatingNetwork(Place()), lr=0.3)
     fit(tmp_path, ensemble, data=rows(40, 10, right), max_epochs=20)
     found = trainer(tmp_path).validate(ensemble, rows(40, 10, right), verbose=False)[0]
     assert found["val_accuracy"] == 1
@@ -149,7 +149,7 @@ def test_out_of_fold_predictions_are_by_members_that_never_saw_them(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: nn.Linear(8, CLASSES), lambda: Gate(nn.Linear(12, 2))], ids=["net", "gate"]
+    "make", [lambda: nn.Linear(8, CLASSES), lambda: GatingNetwork(nn.Linear(12, 2))], ids=["net", "gate"]
 )
 def test_combiners_are_trained_on_them_and_resume(make: Any, tmp_path: Path) -> None:
     folds = OutOfFold(
@@ -208,7 +208,7 @@ def test_trees(tmp_path: Path) -> None:
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "none": (lambda: MixedEnsemble([], nn.Linear(8, 4)), ValueError, "at least one member"),
     "combiner": (lambda: MixedEnsemble(classifiers(2), "mean"), TypeError, "`combiner` must be a module"),
-    "class": (lambda: MixedEnsemble(classifiers(2), Gate), TypeError, "Did you mean an object"),
+    "class": (lambda: MixedEnsemble(classifiers(2), GatingNetwork), TypeError, "Did you mean an object"),
     "task": (
         lambda: MixedEnsemble(classifiers(2), nn.Linear(8, 4), "both"),
         ValueError,
@@ -220,7 +220,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         r"of shape \(32, 4\). Found \(32, 3\), from 8 features",
     ),
     "gate": (
-        lambda: MixedEnsemble(classifiers(2), Gate(nn.Linear(12, 3)))(INPUTS),
+        lambda: MixedEnsemble(classifiers(2), GatingNetwork(nn.Linear(12, 3)))(INPUTS),
         ValueError,
         r"of shape \(32, 2\). Found \(32, 3\)",
     ),

@@ -1,7 +1,7 @@
 """Members put together by something that is trained: stacking and gating."""
 
-from lightning_structopt.ensembles.mixed.combiners import Gate
+from lightning_structopt.ensembles.mixed.combiners import GatingNetwork
 from lightning_structopt.ensembles.mixed.module import MixedEnsemble
 from lightning_structopt.ensembles.mixed.out_of_fold import Held, OutOfFold, out_of_fold
 
-__all__ = ["Gate", "Held", "MixedEnsemble", "OutOfFold", "out_of_fold"]
+__all__ = ["GatingNetwork", "Held", "MixedEnsemble", "OutOfFold", "out_of_fold"]

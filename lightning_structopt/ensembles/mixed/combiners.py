@@ -14,7 +14,7 @@ from lightning_structopt.ensembles.combine import combined
 _FLOOR = 1e-6  # the probability of a class that an estimator rules out: its logarithm must be a number
 
 
-class Gate(nn.Module):
+class GatingNetwork(nn.Module):
     r"""Gives each sample weights of its own, :math:`w(x) = \mathrm{softmax}(g(x))`.
 
     Jacobs et al., "Adaptive Mixtures of Local Experts", 1991.
@@ -23,7 +23,7 @@ class Gate(nn.Module):
         network: From inputs to a score for each member, (N, M). It is called as members are.
 
     Example:
-        >>> Gate(nn.Linear(3, 2))(torch.ones(4, 3)).sum(1).round(decimals=4).detach()
+        >>> GatingNetwork(nn.Linear(3, 2))(torch.ones(4, 3)).sum(1).round(decimals=4).detach()
         tensor([1., 1., 1., 1.])
     """
 
@@ -76,7 +76,7 @@ class Mixer(ABC):
 
 
 class ByGate(Mixer):
-    """Weighs members by a :class:`Gate`."""
+    """Weighs members by a :class:`GatingNetwork`."""
 
     @override
     def __call__(self, outputs: Tensor, inputs: Any) -> Tensor:
@@ -132,7 +132,7 @@ def mixer_for(combiner: Any, is_classifier: bool) -> Mixer:
     Raises:
         TypeError: If it is no combiner.
     """
-    if isinstance(combiner, Gate):
+    if isinstance(combiner, GatingNetwork):
         return ByGate(combiner, is_classifier)
     if isinstance(combiner, nn.Module):
         return ByNetwork(combiner, is_classifier)
@@ -140,6 +140,6 @@ def mixer_for(combiner: Any, is_classifier: bool) -> Mixer:
     if not isinstance(combiner, type) and all(callable(getattr(combiner, name, None)) for name in needed):
         return ByEstimator(combiner, is_classifier)
     raise TypeError(
-        f"`combiner` must be a module, a `Gate`, or an estimator with `{needed[0]}` and `{needed[1]}`. Found `combiner "
-        f"= {combiner!r}`.{' Did you mean an object of it?' if isinstance(combiner, type) else ''}"
+        f"`combiner` must be a module, a `GatingNetwork`, or an estimator with `{needed[0]}` and `{needed[1]}`. Found "
+        f"`combiner = {combiner!r}`.{' Did you mean an object of it?' if isinstance(combiner, type) else ''}"
     )

@@ -25,7 +25,7 @@ class MixedEnsemble(Ensemble):
     """Asks all members, and has a combiner make one answer of theirs.
 
     Combiners: a module from the members' probabilities (or values) side by side, (N, M * C), to logits (or values); a
-    :class:`~lightning_structopt.ensembles.Gate`, which weighs members by the inputs; or an estimator of scikit-learn.
+    :class:`~lightning_structopt.GatingNetwork`, which weighs members by the inputs; or an estimator of scikit-learn.
     The first two are trained by ``fit``, the last by :meth:`fit_combiner`. Members are frozen. As a member may be an
     ensemble itself, this makes trees of them.
 
