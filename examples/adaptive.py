@@ -22,15 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 import lightning_structopt as so
-from lightning_structopt.blocks import (
-    AdaptiveReport,
-    EarlyExit,
-    Gate,
-    GateBudget,
-    GatedBlock,
-    auxiliary_loss,
-    dense,
-)
+from lightning_structopt.blocks import dense
 from lightning_structopt.profiling import latency
 
 BUDGETS = (0.4, 0.6, 0.8, 1.0)
@@ -44,7 +36,8 @@ def stage(inputs: int, width: int, stride: int) -> nn.Module:
     """Return a convolution and a gated block."""
     body = nn.Sequential(*convolution(width, width), *convolution(width, width)[:2])
     return nn.Sequential(
-        *convolution(inputs, width, stride), GatedBlock(body, Gate(width), activation="relu", cost=width)
+        *convolution(inputs, width, stride),
+        so.GatedBlock(body, so.Gate(width), activation="relu", cost=width),
     )
 
 
@@ -57,16 +50,16 @@ class Classifier(pl.LightningModule):
 
     def __init__(self, gates: float, lr: float = 2e-3) -> None:
         super().__init__()
-        self.lr, self.budget = lr, GateBudget(gates, strength=2.0)
+        self.lr, self.budget = lr, so.GateBudget(gates, strength=2.0)
         stages = [stage(1, 32, 1), stage(32, 64, 2), stage(64, 128, 1)]
-        self.net = EarlyExit(stages, [head(32), head(64), head(128)])
+        self.net = so.EarlyExit(stages, [head(32), head(64), head(128)])
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(images)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch
-        return self.net.loss(self(images), labels) + auxiliary_loss(self, self.budget)
+        return self.net.loss(self(images), labels) + so.auxiliary_loss(self, self.budget)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         images, labels = batch
@@ -80,7 +73,7 @@ class Classifier(pl.LightningModule):
 def row(module: Classifier, images: Tensor, labels: Tensor, seconds: float) -> dict[str, float]:
     """Return accuracy, what ran, and milliseconds by batch size."""
     outputs = module.eval()(images)
-    gates = [block.executed_fraction for block in module.modules() if isinstance(block, GatedBlock)]
+    gates = [block.executed_fraction for block in module.modules() if isinstance(block, so.GatedBlock)]
     found = {
         "accuracy": float((outputs.argmax(1) == labels).float().mean()),
         "stages run": module.net.executed_fraction,
@@ -139,7 +132,7 @@ def main() -> None:
     module.example_input_array = test_x[:64]  # for the report
     pl.Trainer(
         max_epochs=1 if arguments.fast else arguments.epochs,
-        callbacks=[AdaptiveReport(), so.LRDecay(so.Cosine(minimum=0.05))],
+        callbacks=[so.AdaptiveReport(), so.LRDecay(so.Cosine(minimum=0.05))],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

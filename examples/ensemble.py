@@ -21,14 +21,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 import lightning_structopt as so
-from lightning_structopt.ensembles import (
-    ParallelEnsemble,
-    SerialEnsemble,
-    TemperatureScaling,
-    disagreement,
-    predictions,
-    select_greedily,
-)
 
 
 class Classifier(pl.LightningModule):
@@ -98,17 +90,17 @@ def main() -> None:
     tiny = Classifier(size, width=3)
     fit(tiny, train, epochs)
 
-    gathered = predictions(members, held)
-    apart = disagreement(gathered.outputs)
+    gathered = so.predictions(members, held)
+    apart = so.disagreement(gathered.outputs)
     console.print(
         f"Two members disagree about {100 * float(apart.sum()) / (count * (count - 1)):.1f}% of images"
     )
-    everyone = ParallelEnsemble(members)
-    choice = select_greedily(members, held, log_likelihood)
-    chosen = ParallelEnsemble([members[index] for index in choice.indices], choice.chosen_weights)
+    everyone = so.ParallelEnsemble(members)
+    choice = so.select_greedily(members, held, log_likelihood)
+    chosen = so.ParallelEnsemble([members[index] for index in choice.indices], choice.chosen_weights)
 
     # A threshold means what it says once the tiny network knows how sure it may be.
-    cascade = SerialEnsemble([TemperatureScaling(tiny).fit(held), everyone])
+    cascade = so.SerialEnsemble([so.TemperatureScaling(tiny).fit(held), everyone])
     accuracy = (everyone(images_of(held)).argmax(1) == gathered.target).float().mean()
     report = cascade.calibrate(held, target_accuracy=float(accuracy))
     console.print(f"The cascade asks all members about {100 * report.executed_fraction[1]:.0f}% of images")

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_structopt as so
-from lightning_structopt.shrinking import ChannelPruning
 
 
 class Residual(nn.Module):
@@ -106,7 +105,7 @@ def main() -> None:
 
     console.print("Training one that gets small meanwhile")
     gradual = Classifier()
-    pruning = ChannelPruning(so.FLOPs(arguments.keep), interval="step", every=10, end=0.6, remove="now")
+    pruning = so.ChannelPruning(so.FLOPs(arguments.keep), interval="step", every=10, end=0.6, remove="now")
     costs["meanwhile"] = fit(gradual, train, epochs + max(1, epochs // 2), pruning)
 
     modules = {"dense": dense, "small": small, "meanwhile": gradual}

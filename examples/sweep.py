@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from lightning_structopt.sweep import ArchitectureSweep, LocalProcesses, MaxParameters, SuccessiveHalving
+import lightning_structopt as so
 
 
 class ConvNet(pl.LightningModule):
@@ -79,7 +79,7 @@ def main() -> None:
     train, val = random_split(TensorDataset(train_x, train_y), [0.8, 0.2], torch.Generator().manual_seed(0))
     pixels = train_x.shape[-1]
 
-    sweep = ArchitectureSweep(
+    sweep = so.ArchitectureSweep(
         candidates={
             "tiny": partial(make, (4,), 3, pixels),
             "narrow": partial(make, (8, 16), 3, pixels),
@@ -89,10 +89,10 @@ def main() -> None:
             "huge": partial(make, (512, 512), 3, pixels),
         },
         monitor="val_acc",
-        budget=SuccessiveHalving(min_epochs=max(1, epochs // 4), max_epochs=epochs, factor=2),
+        budget=so.SuccessiveHalving(min_epochs=max(1, epochs // 4), max_epochs=epochs, factor=2),
         trainer={"accelerator": "cpu"},
-        executor=LocalProcesses(workers=arguments.workers),
-        constraints=[MaxParameters(1_000_000)],
+        executor=so.LocalProcesses(workers=arguments.workers),
+        constraints=[so.MaxParameters(1_000_000)],
         directory=f"sweep-{arguments.data}{'-fast' if arguments.fast else ''}",
     )
     result = sweep.run(DataLoader(train, batch_size=64, shuffle=True), DataLoader(val, batch_size=256))
