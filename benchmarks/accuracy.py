@@ -3,6 +3,7 @@
 LeNet-300-100 by default, with dynamic sparse training beside it; a small ResNet by `--network resnet`.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -231,6 +232,7 @@ class Job:
     def run(self) -> tuple[float, float]:
         """Return the accuracy in percent and the share of zeros."""
         torch.set_num_threads(1)  # the network is too small for more; the runs share the cores instead
+        gc.collect()  # trainers and their data are cycles, and few objects: nobody else would come for gigabytes
         data = images(self.fast)
         module = train(CONTENDERS[self.contender], self.sparsity, self.seed, data, NETWORKS[self.network])
         return top1(module.eval(), data), zeros(module)

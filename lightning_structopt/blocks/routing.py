@@ -168,9 +168,8 @@ class RoutedBlock(AdaptiveBlock):
         """Run each expert on its rows alone, and add what comes back."""
         choices = chosen.masked_fill(~kept, len(self.experts)).flatten()  # what is dropped comes last
         order = choices.argsort(stable=True)
-        counts = torch.bincount(choices, minlength=len(self.experts) + 1).tolist()[
-            :-1
-        ]  # waits for the device once
+        # Waits for the device, once.
+        *counts, _ = torch.bincount(choices, minlength=len(self.experts) + 1).tolist()
         order = order[: sum(counts)]
         where = order // self.top_k
         parts, total = [], rows

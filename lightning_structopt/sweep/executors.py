@@ -22,9 +22,8 @@ from lightning_structopt.sweep.lines import Line
 from lightning_structopt.sweep.spec import Message, TrialSpec
 from lightning_structopt.sweep.trial import run_trial
 
-_POLL = (
-    0.2  # seconds after which to look whether a process is gone whose line is still held by one it started
-)
+# Seconds after which to look whether a process is gone whose line is still held by one it started.
+_POLL = 0.2
 # What a launcher has told this process about itself must not reach its trials.
 _LAUNCHERS = ("LOCAL_RANK", "RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PL_GLOBAL_SEED",
               "PL_SEED_WORKERS", "PL_FAULT_TOLERANT_TRAINING")  # fmt: skip
@@ -282,7 +281,7 @@ def _environment(slot: int, workers: int, threads: int | None, trainer: Mapping[
         scrubbed["MASTER_PORT"] = str(free.getsockname()[1])
     if "SLURM_JOB_NAME" in scrubbed:
         scrubbed["SLURM_JOB_NAME"] = (
-            "bash"  # Lightning takes that for an interactive job, and starts its own ranks
+            "bash"  # an interactive job to Lightning, which then starts its own ranks
         )
     if threads is not None:
         scrubbed["OMP_NUM_THREADS"] = str(threads)
