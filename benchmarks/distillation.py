@@ -59,7 +59,6 @@ class ResNet(pl.LightningModule):
             Residual(first, first, 1), Residual(first, second, 2), Residual(second, third, 2)
         )
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(third, 10))
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.stages(self.stem(images)))
