@@ -1,7 +1,6 @@
 """The learning rate decays along a schedule, with no change to ``configure_optimizers``."""
 
 import math
-import warnings
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,6 +13,7 @@ from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_lightning, require_type, require_whole
 from lightning_structopt._horizon import Horizon, training_horizon
+from lightning_structopt._rates import move, require_rates
 from lightning_structopt._release import release
 from lightning_structopt.pruning.callback import IterativePruning
 from lightning_structopt.schedules import Schedule
@@ -85,7 +85,7 @@ class LRDecay(Callback):
         if self._retired:  # weight averaging owned the rates when the checkpoint was saved, and does so again
             return
         _require_no_scheduler(trainer)
-        _require_rates(trainer)
+        require_rates("LRDecay", trainer)
         self._require_countable(trainer)
         self._schedulers = [self._schedule_of(optimizer) for optimizer in trainer.optimizers]
         trainer.strategy.lr_scheduler_configs = [
@@ -102,7 +102,7 @@ class LRDecay(Callback):
         for scheduler in self._in_charge(trainer):
             # Saved at the end of an epoch, it may be in the next one already when the trainer is not.
             epochs = max(scheduler.last_epoch + self._behind(trainer).epochs, trainer.current_epoch)
-            _move(scheduler, self._position(trainer, scheduler, epochs))
+            move(scheduler, self._position(trainer, scheduler, epochs))
             if self.interval == "step" and not pl_module.automatic_optimization:
                 self._hooks.append(self._step_after(scheduler.optimizer, scheduler, trainer))
 
@@ -170,7 +170,7 @@ class LRDecay(Callback):
         for scheduler in self._in_charge(trainer):
             t = self._position(trainer, scheduler, epochs)
             if t != scheduler.last_epoch:
-                _move(scheduler, t)
+                move(scheduler, t)
 
     def _step_after(
         self, optimizer: Optimizer, scheduler: LambdaLR, trainer: "pl.Trainer"
@@ -231,14 +231,6 @@ class LRDecay(Callback):
         release(self)
 
 
-def _move(scheduler: LambdaLR, t: int) -> None:
-    """Put ``scheduler`` at ``t`` and set the rates that belong there."""
-    scheduler.last_epoch = t - 1
-    with warnings.catch_warnings():  # torch takes a step before the first one of the optimizer for a mistake
-        warnings.simplefilter("ignore", UserWarning)
-        scheduler.step()
-
-
 def _rounds(trainer: Any) -> IterativePruning | None:
     """Return the callback that trains in rounds, each of which restarts the schedule, if there is one."""
     pruning = [c for c in trainer.callbacks if isinstance(c, IterativePruning) and c.rewind is not None]
@@ -263,13 +255,4 @@ def _require_no_scheduler(trainer: Any) -> None:
         raise ValueError(
             "The learning rate must have one owner. Found `LRDecay` and the "
             f"`{type(config.scheduler).__name__}` that `configure_optimizers` returned. Remove one of them."
-        )
-
-
-def _require_rates(trainer: Any) -> None:
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    if not groups or any("lr" not in group for group in groups):
-        raise ValueError(
-            f"`LRDecay` needs optimizers with learning rates. Found {trainer.optimizers}. Return one from "
-            "`configure_optimizers`, or remove the callback."
         )

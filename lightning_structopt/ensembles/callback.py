@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from typing_extensions import override
 from lightning_structopt._checks import require_in, require_lightning, require_whole
 from lightning_structopt._dtensors import full, local
 from lightning_structopt._horizon import training_horizon
+from lightning_structopt._rates import move, require_rates
 from lightning_structopt._release import release
 from lightning_structopt.ensembles.parallel import ParallelEnsemble
 
@@ -174,12 +174,7 @@ class SnapshotEnsemble(Callback):
         """Put the schedules where the trainer is, and set the rates that belong there."""
         for scheduler in self._schedulers:
             if scheduler.last_epoch != trainer.global_step:
-                scheduler.last_epoch = trainer.global_step - 1
-                with (
-                    warnings.catch_warnings()
-                ):  # torch takes a step before the first one of the optimizer for a mistake
-                    warnings.simplefilter("ignore", UserWarning)
-                    scheduler.step()
+                move(scheduler, trainer.global_step)
 
     def _let_go(self) -> None:
         self._schedulers = []
@@ -208,12 +203,7 @@ def _require_sole_owner(trainer: Any) -> None:
             "The learning rate must have one owner. Found `SnapshotEnsemble` and a "
             f"`{type(config.scheduler).__name__}`, of `configure_optimizers` or another callback. Remove one of them."
         )
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    if not groups or any("lr" not in group for group in groups):
-        raise ValueError(
-            f"`SnapshotEnsemble` needs optimizers with learning rates. Found {trainer.optimizers}. Return one from "
-            "`configure_optimizers`, or remove the callback."
-        )
+    require_rates("SnapshotEnsemble", trainer)
 
 
 def _require_automatic(trainer: Any) -> None:

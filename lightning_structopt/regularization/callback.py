@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_structopt._checks import require_choice, require_lightning, require_type
 from lightning_structopt._horizon import steps_taken, training_horizon
 from lightning_structopt._precision import widened
+from lightning_structopt._rates import require_rates
 from lightning_structopt._release import release
 from lightning_structopt.pruning import IterativePruning
 from lightning_structopt.pruning.raw_steps import RawSteps
@@ -280,12 +281,7 @@ def _require_own_parameters(trainer: Any) -> None:
 
 
 def _require_optimizers_fit(trainer: Any, mode: str) -> None:
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    if not groups or any("lr" not in group for group in groups):
-        raise ValueError(
-            f"`SparsityPenalty` needs optimizers with learning rates. Found {trainer.optimizers}. Return one from "
-            "`configure_optimizers`, or remove the callback."
-        )
+    require_rates("SparsityPenalty", trainer)
     for optimizer in trainer.optimizers:
         if mode == "proximal":
             _require_proximal_step(optimizer)
