@@ -5,19 +5,11 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from lightning_structopt.sweep.budget import (
-    Budget,
-    Decision,
-    Standing,
-    SuccessiveHalving,
-    halving_rounds,
-    play,
-    require_rungs,
-)
+from lightning_structopt.sweep.budget import Decision, Rungs, Standing, halving_rounds, play
 
 
 @dataclass(frozen=True)
-class Hyperband(Budget):
+class Hyperband(Rungs):
     r"""Successive halving in several brackets, of which each begins one rung later than the one before.
 
     Where short training misleads, the brackets that begin late are right; where it doesn't, the early ones are fast.
@@ -40,21 +32,9 @@ class Hyperband(Budget):
     (https://arxiv.org/abs/1603.06560).
     """
 
-    min_epochs: int = 1
-    max_epochs: int = 9
-    factor: int = 3
-
-    def __post_init__(self) -> None:
-        require_rungs(self.min_epochs, self.max_epochs, self.factor)
-
-    @property
-    @override
-    def total_epochs(self) -> int:
-        return self.max_epochs
-
     def brackets(self, size: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """Return the rungs of each bracket, and who of ``size`` candidates is in it."""
-        rungs = SuccessiveHalving(self.min_epochs, self.max_epochs, self.factor).rungs
+        rungs = self.rungs
         count = len(rungs)
         shares = [-(-count * self.factor ** (count - 1 - late) // (count - late)) for late in range(count)]
         members: list[list[int]] = [[] for _ in rungs]
@@ -78,7 +58,7 @@ class Hyperband(Budget):
 
 
 @dataclass(frozen=True)
-class AsynchronousHalving(Budget):
+class AsynchronousHalving(Rungs):
     """Successive halving in which nobody waits: who is in the best part of a rung so far goes on at once.
 
     A worker that is free takes the best that may go on, and if there is none a new candidate. Candidates pause at a
@@ -103,21 +83,9 @@ class AsynchronousHalving(Budget):
     (https://arxiv.org/abs/1810.05934).
     """
 
-    min_epochs: int = 1
-    max_epochs: int = 9
-    factor: int = 3
-
-    def __post_init__(self) -> None:
-        require_rungs(self.min_epochs, self.max_epochs, self.factor)
-
-    @property
-    @override
-    def total_epochs(self) -> int:
-        return self.max_epochs
-
     @override
     def decide(self, standings: Sequence[Standing], patience: int | None = None) -> Decision:
-        rungs = SuccessiveHalving(self.min_epochs, self.max_epochs, self.factor).rungs
+        rungs = self.rungs
         entered, closed = list(range(len(standings))), True
         start = [
             (i, rungs[0]) for i in entered if standings[i].at(rungs[0]) is None and not standings[i].failed

@@ -1,7 +1,7 @@
 """Who trains next, and for how long: pure functions from what is known so far."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from typing_extensions import override
@@ -118,7 +118,50 @@ def _ranked(members: Sequence[int], standings: Sequence[Standing], epochs: int) 
 
 
 @dataclass(frozen=True)
-class SuccessiveHalving(Budget):
+class Rungs(Budget):
+    r"""Compares candidates after :math:`\min(r \eta^i, R)` epochs.
+
+    Args:
+        min_epochs: Epochs :math:`r` of the first rung, at least 1.
+        max_epochs: Epochs :math:`R` of the last one, more than ``min_epochs``.
+        factor: :math:`\eta`, at least 2.
+
+    Raises:
+        TypeError: If an argument is not a whole number.
+        ValueError: If one is too small.
+    """
+
+    min_epochs: int = 1
+    max_epochs: int = 9
+    factor: int = 3
+
+    def __post_init__(self) -> None:
+        require_whole("min_epochs", self.min_epochs, 1)
+        require_whole("max_epochs", self.max_epochs, 1)
+        require_whole("factor", self.factor, 2)
+        if self.min_epochs >= self.max_epochs:
+            raise ValueError(
+                f"`min_epochs` must be less than `max_epochs`. Found {self.min_epochs} and {self.max_epochs}, which "
+                f"make no second rung. Use `FixedRounds(rounds=1, epochs={self.max_epochs})` to train every candidate "
+                "in full."
+            )
+
+    @property
+    @override
+    def total_epochs(self) -> int:
+        return self.max_epochs
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """The epochs after which candidates are compared."""
+        rungs = [self.min_epochs]
+        while rungs[-1] * self.factor < self.max_epochs:
+            rungs.append(rungs[-1] * self.factor)
+        return (*rungs, self.max_epochs)
+
+
+@dataclass(frozen=True)
+class SuccessiveHalving(Rungs):
     r"""Trains all for a short while, one in ``factor`` for ``factor`` times as long, and so on.
 
     Rungs are at :math:`\min(r \eta^i, R)` epochs, and :math:`\max(1, \lfloor n / \eta^i \rfloor)` of :math:`n`
@@ -140,23 +183,6 @@ class SuccessiveHalving(Budget):
     Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", 2016
     (https://arxiv.org/abs/1502.07943).
     """
-
-    min_epochs: int = 1
-    max_epochs: int = 9
-    factor: int = 3
-
-    def __post_init__(self) -> None:
-        require_rungs(self.min_epochs, self.max_epochs, self.factor)
-
-    @property
-    @override
-    def total_epochs(self) -> int:
-        return self.max_epochs
-
-    @property
-    def rungs(self) -> tuple[int, ...]:
-        """The epochs after which candidates are compared."""
-        return tuple(_rungs(self.min_epochs, self.max_epochs, self.factor))
 
     @override
     def decide(self, standings: Sequence[Standing], patience: int | None = None) -> Decision:
@@ -219,27 +245,3 @@ def halving_rounds(rungs: Sequence[int], size: int, factor: int) -> list[Round]:
         rounds.append(Round(epochs, kept))
         size = kept
     return rounds
-
-
-def require_rungs(min_epochs: int, max_epochs: int, factor: int) -> None:
-    """Raise unless rungs can be made of these.
-
-    Raises:
-        ValueError: If they can't.
-    """
-    require_whole("min_epochs", min_epochs, 1)
-    require_whole("max_epochs", max_epochs, 1)
-    require_whole("factor", factor, 2)
-    if min_epochs >= max_epochs:
-        raise ValueError(
-            f"`min_epochs` must be less than `max_epochs`. Found {min_epochs} and {max_epochs}, which make no second "
-            f"rung. Use `FixedRounds(rounds=1, epochs={max_epochs})` to train every candidate in full."
-        )
-
-
-def _rungs(min_epochs: int, max_epochs: int, factor: int) -> Iterator[int]:
-    epochs = min_epochs
-    while epochs < max_epochs:
-        yield epochs
-        epochs *= factor
-    yield max_epochs
