@@ -1,6 +1,5 @@
 """The report of a comparison: for the terminal, for documents, for machines, and as a page."""
 
-import csv
 import html
 import io
 import json
@@ -14,7 +13,7 @@ from typing_extensions import override
 
 from lightning_structopt.profiling.profiler import Profile
 from lightning_structopt.profiling.significance import Difference
-from lightning_structopt.profiling.tabular import Tabular
+from lightning_structopt.profiling.tabular import Tabular, as_csv, as_markdown, written
 from lightning_structopt.profiling.training_cost import TrainingCost
 
 _LOWER_IS_BETTER = {"MSE", "RMSE", "MAE", "perplexity", "calibration error", "loss"}
@@ -134,12 +133,7 @@ class ComparisonReport(Tabular):
 
     def to_markdown(self, path: str | Path | None = None) -> str:
         """Return the report as a Markdown table, and write it to ``path`` if given."""
-        header, rows = self.rows()
-        lines = [header, ["---"] * len(header), *rows]
-        text = "\n".join(
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-        )
-        return _written(text, path)
+        return written(as_markdown(*self.rows()), path)
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Return one row of plain numbers for each module as CSV, and write it to ``path`` if given."""
@@ -149,16 +143,11 @@ class ComparisonReport(Tabular):
             | {"pareto": entry.is_pareto, "failure": entry.failure or ""}
             for entry in self.entries
         ]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return _written(text.getvalue().rstrip("\n"), path)
+        return written(as_csv(rows), path)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return everything that was found as JSON, and write it to ``path`` if given."""
-        return _written(
+        return written(
             json.dumps([asdict(entry) | {"costs": entry.costs} for entry in self.entries], indent=2), path
         )
 
@@ -202,7 +191,7 @@ class ComparisonReport(Tabular):
         )
         notes = "".join(f"<li>{html.escape(note)}</li>" for note in self._notes().splitlines())
         page = _PAGE.format(head=head, body=body, notes=notes, plot=self._svg())
-        return _written(page, path)
+        return written(page, path)
 
     def _svg(self) -> str:
         try:
@@ -238,9 +227,3 @@ def _metric_cell(entry: Entry, metric: str, first: Entry, *, starred: bool) -> s
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _written(text: str, path: str | Path | None) -> str:
-    if path is not None:
-        Path(path).write_text(text + "\n")
-    return text

@@ -1,7 +1,5 @@
 """What a sweep found: a ranking, a table, and the trained modules."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,7 +11,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from lightning_structopt._checks import require_whole
-from lightning_structopt.profiling.tabular import Tabular
+from lightning_structopt.profiling.tabular import Tabular, as_csv, as_markdown, written
 from lightning_structopt.sweep.loading import load_candidate
 from lightning_structopt.sweep.pareto import Point, front
 from lightning_structopt.sweep.plan import Plan
@@ -180,21 +178,11 @@ class SweepResult(Tabular):
 
     def to_markdown(self, path: str | Path | None = None) -> str:
         """Return the table as Markdown, and write it to ``path`` if given."""
-        header, rows = self.rows()
-        lines = [header, ["---"] * len(header), *rows]
-        return _written(
-            "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in lines), path
-        )
+        return written(as_markdown(*self.rows()), path)
 
     def to_csv(self, path: str | Path | None = None) -> str:
         """Return one row of plain numbers for each candidate as CSV, and write it to ``path`` if given."""
-        rows = [candidate.row() for candidate in self.candidates]
-        text = io.StringIO()
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return _written(text.getvalue().rstrip("\n"), path)
+        return written(as_csv([candidate.row() for candidate in self.candidates]), path)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return everything that was found as JSON, and write it to ``path`` if given."""
@@ -206,7 +194,7 @@ class SweepResult(Tabular):
             }
             for candidate in self.candidates
         ]
-        return _written(
+        return written(
             json.dumps({"monitor": self.monitor, "mode": self.mode, "candidates": found}, indent=2), path
         )
 
@@ -290,9 +278,3 @@ def _cells(candidate: CandidateResult, rungs: Sequence[int]) -> Iterator[str]:
         value = candidate.costs.get(cost)
         yield "" if value is None else f"{value:,.0f}" if cost != "latency_ms" else f"{value:.3g}"
     yield candidate.state if candidate.reason is None else f"{candidate.state}: {candidate.reason}"
-
-
-def _written(text: str, path: str | Path | None) -> str:
-    if path is not None:
-        Path(path).write_text(text + "\n")
-    return text
