@@ -200,7 +200,7 @@ class ChannelPruning(Callback):
         run = self._run
         if run is None:
             return
-        run.collector.observe_gradients(p for group in optimizer.param_groups for p in group["params"])
+        run.observe(optimizer)
         if self._is_due(trainer) and run.collector.has_all:
             self._prune(trainer, pl_module)
         clips = trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", pl_module)
@@ -231,7 +231,7 @@ class ChannelPruning(Callback):
     def on_exception(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException
     ) -> None:
-        if self._run is not None and self._run.collector.shares_state:
+        if self._run is not None and self._run.shares_state:
             self._run.detach()
             self._run = None  # putting its parts together would wait for ranks that may be gone
         self._let_go()
@@ -282,7 +282,7 @@ class ChannelPruning(Callback):
             run.load_state_dict(self._state)
             run.forget_pruned([], averaged_modules(trainer))
             self._outcome = {name: self._state[name] for name in self._outcome}
-        run.attach(trainer.optimizers, penalize=not self._outcome["closed"])
+        run.start(trainer.optimizers, penalize=not self._outcome["closed"])
         self._run = run
         if not pl_module.automatic_optimization:
             run.act_before_raw_steps(lambda o: self._before_step(trainer, pl_module, o), trainer.optimizers)

@@ -1,19 +1,19 @@
 """One training's worth of channel pruning, as plain tensor code: the callback tells it when."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_structopt.pruning.criteria import Criterion
 from lightning_structopt.pruning.evidence import EvidenceCollector
-from lightning_structopt.pruning.guard import ZeroGuard
+from lightning_structopt.pruning.holding import Holding
 from lightning_structopt.pruning.masks import MaskSet
-from lightning_structopt.pruning.raw_steps import RawSteps
 from lightning_structopt.shrinking.budget import NOTHING, Budget
 from lightning_structopt.shrinking.choice import Order, Scope, importance, scored_parameters
 from lightning_structopt.shrinking.costs import flop_count
@@ -45,7 +45,7 @@ class Limits:
     include_normalized: bool
 
 
-class ChannelRun:
+class ChannelRun(Holding):
     """The channels of one training that are gone, with what holds them at zero.
 
     Args:
@@ -71,11 +71,10 @@ class ChannelRun:
         self.budget = Budget(structure, groups, target)
         self.dropped = NOTHING
         names = {name for group in groups for name, _ in group.slots}
-        self.masks = MaskSet({n: p for n, p in structure.module.named_parameters() if n in names})
-        self.guard = ZeroGuard(self.masks)
-        self.collector = EvidenceCollector(criterion, scored_parameters(structure.module, groups))
+        module = structure.module
+        masks = MaskSet({n: p for n, p in module.named_parameters() if n in names})
+        super().__init__(masks, EvidenceCollector(criterion, scored_parameters(module, groups)), module)
         self._limits = limits
-        self._raw_steps: RawSteps | None = None
         self._lasso = CoupledLasso(structure, groups, lasso) if lasso else None
         self._keep = 1.0  # what was asked for last
 
@@ -101,15 +100,13 @@ class ChannelRun:
         self.budget.require_reachable(order)
         return self._removed(self.budget.choose(order))
 
-    def attach(self, optimizers: Sequence[Optimizer], penalize: bool = True) -> None:
+    def start(self, optimizers: Sequence[Optimizer], *, penalize: bool) -> None:
         """Begin to watch the module and its ``optimizers``; with the penalty, if there is one and it goes on.
 
         Raises:
             ValueError: If the criterion can't score the weights of the module.
         """
-        self.collector.attach(self.structure.module)
-        # Callbacks that come later may still change gradients.
-        self.guard.attach(optimizers, gradients_are_final=False)
+        self.attach(optimizers, gradients_are_final=False)  # callbacks that come later may still change them
         if self._lasso is not None and penalize:
             self._lasso.attach(optimizers)
 
@@ -118,23 +115,10 @@ class ChannelRun:
         if self._lasso is not None:
             self._lasso.detach()
 
-    def act_before_raw_steps(self, act: Callable[[Optimizer], None], optimizers: Sequence[Optimizer]) -> None:
-        """Call ``act`` before each step of ``optimizers`` that :meth:`announce` did not announce."""
-        self._raw_steps = RawSteps(act)
-        self._raw_steps.attach(optimizers)
-
-    def announce(self, optimizer: Optimizer) -> None:
-        """Say that Lightning's hook came for the step that ``optimizer`` is about to take."""
-        if self._raw_steps is not None:
-            self._raw_steps.announce(optimizer)
-
+    @override
     def detach(self) -> None:
-        """Stop watching."""
-        if self._raw_steps is not None:
-            self._raw_steps.detach()
         self.close()
-        self.collector.detach()
-        self.guard.detach()
+        super().detach()
 
     @torch.no_grad()
     def prune(self, keep: float) -> bool:
@@ -168,13 +152,6 @@ class ChannelRun:
             for dim, indices in dims.items():
                 masks[name].index_fill_(dim, indices.to(masks[name].device), False)
         return masks
-
-    def forget_pruned(self, optimizers: Sequence[Optimizer], averages: Sequence[nn.Module]) -> None:
-        """Zero what is gone in the state of optimizers and in averaged modules, where it then stays."""
-        for optimizer in optimizers:
-            self.masks.apply_to_state(optimizer)
-        for average in averages:
-            self.masks.apply_to_copy(average)
 
     def removed(self) -> ShrinkReport:
         """Return a copy of the module without what is gone.
