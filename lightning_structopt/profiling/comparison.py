@@ -8,6 +8,7 @@ from rich.progress import Progress
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
+from lightning_structopt.profiling.inputs import inputs_of
 from lightning_structopt.profiling.profiler import Profile, profile
 from lightning_structopt.profiling.quality import Predict, Quality, evaluate, predict_pair
 from lightning_structopt.profiling.report import ComparisonReport, Entry, lower_is_better
@@ -132,8 +133,7 @@ def _measure(
     try:
         quality = evaluate(module, loader, metrics, predict)
         if example_input is None:
-            batch = quality.first_batch
-            example_input = batch[0] if isinstance(batch, (tuple, list)) else batch
+            example_input = inputs_of(quality.first_batch)
         return _Sound(quality, profile(module, example_input, **options))
     except Exception as error:  # whatever a user's module may raise
         return _Failed(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")

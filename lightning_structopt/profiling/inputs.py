@@ -60,6 +60,11 @@ def _is_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) > 0
 
 
+def inputs_of(batch: Any) -> Any:
+    """Return the inputs of a batch: what a tuple or list begins with, or all of it."""
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+
+
 def as_call(module: nn.Module, example_input: Any) -> Call:
     """Take ``example_input`` as arguments of ``module``: a tensor, a tuple of arguments, or a dict of keywords.
 

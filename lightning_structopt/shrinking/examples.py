@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_structopt._devices import device_of, moved
-from lightning_structopt.profiling.inputs import Call
+from lightning_structopt.profiling.inputs import Call, inputs_of
 from lightning_structopt.shrinking.plan import as_tuple
 
 _SAMPLES = 2  # as few as batch norm can train with
@@ -24,14 +24,11 @@ def example_for(module: nn.Module, given: Any, batch: Any) -> tuple[Any, ...]:
     Raises:
         TypeError: If they are keywords, or the batch has no tensors as inputs.
     """
-    array = getattr(module, "example_input_array", None)
-    if given is not None or array is not None:
-        inputs = array if given is None else given
-    else:
-        inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    example = getattr(module, "example_input_array", None) if given is None else given
+    inputs = inputs_of(batch) if example is None else example
     _require_positional(inputs)
     found = as_tuple(moved(inputs, device_of(module)))
-    return found if given is not None or array is not None else Call(found, {}).with_batch_size(_SAMPLES).args
+    return Call(found, {}).with_batch_size(_SAMPLES).args if example is None else found
 
 
 def _require_positional(inputs: Any) -> None:

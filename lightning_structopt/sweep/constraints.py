@@ -13,7 +13,7 @@ from lightning_structopt._checks import require_in, require_whole
 from lightning_structopt._devices import device_of, moved
 from lightning_structopt.profiling import latency
 from lightning_structopt.profiling.flops import count_flops
-from lightning_structopt.profiling.inputs import Call, as_call
+from lightning_structopt.profiling.inputs import Call, as_call, inputs_of
 from lightning_structopt.profiling.weights import count_nonzero, own_tensors, size_bytes
 
 Costs = Mapping[str, float]
@@ -186,7 +186,7 @@ def measure(module: nn.Module, batch: Any) -> dict[str, float]:
 def _one_sample(module: nn.Module, batch: Any) -> Call | None:
     example = getattr(module, "example_input_array", None)
     if example is None:
-        example = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        example = inputs_of(batch)
     try:
         call = as_call(
             module, (moved(example, device_of(module)),) if not isinstance(example, tuple) else example
