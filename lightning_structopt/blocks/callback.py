@@ -69,17 +69,13 @@ class AdaptiveReport(Callback):
                 f"`AdaptiveReport` has nothing to report: `{type(pl_module).__name__}` has no adaptive blocks."
             )
 
+    # Evaluation is the same in both of its stages, of which the trainer says which it is in.
+
     @override
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._meters["train"] = ExecutionMeter(pl_module, _device_for_sums(pl_module))
+        self._meters[_stage(trainer)] = ExecutionMeter(pl_module, _device_for_sums(pl_module))
 
-    @override
-    def on_validation_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._meters["val"] = ExecutionMeter(pl_module, _device_for_sums(pl_module))
-
-    @override
-    def on_test_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._meters["test"] = ExecutionMeter(pl_module, _device_for_sums(pl_module))
+    on_validation_epoch_start = on_test_epoch_start = on_train_epoch_start
 
     @override
     def on_train_batch_start(
@@ -102,7 +98,9 @@ class AdaptiveReport(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._meters["val"].forget(pl_module)
+        self._meters[_stage(trainer)].forget(pl_module)
+
+    on_test_batch_start = on_validation_batch_start
 
     @override
     def on_validation_batch_end(
@@ -114,43 +112,16 @@ class AdaptiveReport(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._meters["val"].add(pl_module, extract_batch_size(batch))
+        self._meters[_stage(trainer)].add(pl_module, extract_batch_size(batch))
 
-    @override
-    def on_test_batch_start(
-        self,
-        trainer: "pl.Trainer",
-        pl_module: "pl.LightningModule",
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._meters["test"].forget(pl_module)
-
-    @override
-    def on_test_batch_end(
-        self,
-        trainer: "pl.Trainer",
-        pl_module: "pl.LightningModule",
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._meters["test"].add(pl_module, extract_batch_size(batch))
+    on_test_batch_end = on_validation_batch_end
 
     @override
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._log(trainer, pl_module, "train")
-
-    @override
-    def on_validation_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if not trainer.sanity_checking:
-            self._log(trainer, pl_module, "val")
+            self._log(trainer, pl_module, _stage(trainer))
 
-    @override
-    def on_test_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        self._log(trainer, pl_module, "test")
+    on_validation_epoch_end = on_test_epoch_end = on_train_epoch_end
 
     @override
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -320,6 +291,12 @@ def _measured(pl_module: "pl.LightningModule", example: Any) -> dict[str, Any]:
         "latencies_ms": (full.median_ms, timed.median_ms),
         "batch_size": timed.batch_size,
     }
+
+
+def _stage(trainer: "pl.Trainer") -> str:
+    """Return ``"train"``, ``"val"`` (also while checking sanity) or ``"test"``."""
+    assert trainer.state.stage is not None
+    return str(trainer.state.stage.dataloader_prefix)
 
 
 @rank_zero_only
