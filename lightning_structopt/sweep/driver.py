@@ -129,27 +129,26 @@ class Driver:
 
     def _attend(self, active: _Active) -> None:
         """Hear one trial, and settle it if it is over."""
-        for message in active.process.messages():
-            if "epoch" in message:
-                active.curve[message["epoch"]] = message["score"]
-                self._display.reached(
-                    active.record.candidate, active.record.seed, message["epoch"], message["score"]
-                )
-            elif "costs" in message:
-                self._ledger.measured(active.record.number, message["costs"])
-            else:
-                active.outcome, active.outcome_at = message, monotonic()
+        self._hear(active)
         status = active.process.status()
         if status is None and monotonic() < self._deadline(active):
             return
         if status is not None:  # it may have said its last words between our looking and its end
-            for message in active.process.messages():
-                active.outcome = message if not {"epoch", "costs"} & message.keys() else active.outcome
-                if "epoch" in message:
-                    active.curve[message["epoch"]] = message["score"]
+            self._hear(active)
         active.process.kill()
         self._active.remove(active)
         self._settle(active, status)
+
+    def _hear(self, active: _Active) -> None:
+        record = active.record
+        for message in active.process.messages():
+            if "epoch" in message:
+                active.curve[message["epoch"]] = message["score"]
+                self._display.reached(record.candidate, record.seed, message["epoch"], message["score"])
+            elif "costs" in message:
+                self._ledger.measured(record.number, message["costs"])
+            else:
+                active.outcome, active.outcome_at = message, monotonic()
 
     def _settle(self, active: _Active, status: int | None) -> None:
         outcome = active.outcome or {"failed": self._why(status)}
