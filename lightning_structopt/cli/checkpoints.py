@@ -1,5 +1,6 @@
 """Checkpoints that commands read and write, with the plan of what was made smaller."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,16 @@ def loaded(module: nn.Module, checkpoint: Path | None) -> nn.Module:
     Raises:
         ValueError: If it is no checkpoint, or not of this module.
     """
-    if checkpoint is None:
-        return module
-    state, plan = _read(checkpoint), None
+    return module if checkpoint is None else fitted(module, read(checkpoint), checkpoint)
+
+
+def fitted(module: nn.Module, content: dict[str, Any], checkpoint: Path) -> nn.Module:
+    """Do what :func:`loaded` does, with the ``content`` that was read of ``checkpoint``.
+
+    Raises:
+        ValueError: If it is not of this module.
+    """
+    state, plan = content, None
     if "state_dict" in state:
         plan, state = plan_in(state), state["state_dict"]
     try:
@@ -32,12 +40,11 @@ def loaded(module: nn.Module, checkpoint: Path | None) -> nn.Module:
     return module if plan is None else plan.apply(module)
 
 
-def small_checkpoint(report: ShrinkReport, source: Path | None) -> dict[str, Any]:
+def small_checkpoint(report: ShrinkReport, source: Mapping[str, Any]) -> dict[str, Any]:
     """Return a checkpoint for ``so.load_shrunk``: hyperparameters of ``source``, the small weights and their plan."""
-    kept = {} if source is None else _read(source)
     known = {
         name: value
-        for name, value in kept.items()
+        for name, value in source.items()
         if name in {"hyper_parameters", "hparams_name", "epoch", "global_step"}
     }
     return {
@@ -48,7 +55,13 @@ def small_checkpoint(report: ShrinkReport, source: Path | None) -> dict[str, Any
     }
 
 
-def _read(checkpoint: Path) -> dict[str, Any]:
+def read(checkpoint: Path) -> dict[str, Any]:
+    """Return what is in ``checkpoint``; reading it runs no code.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint.
+    """
     try:
         found = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError:

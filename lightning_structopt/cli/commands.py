@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lightning_structopt as so
-from lightning_structopt.cli.checkpoints import loaded, small_checkpoint
+from lightning_structopt.cli.checkpoints import fitted, loaded, read, small_checkpoint
 from lightning_structopt.shrinking import channel_report, shrink_report
 
 _EXTRAS = ("jsonargparse", "matplotlib", "onnx", "onnxruntime", "onnxscript", "scikit-learn", "ray", "timm")
@@ -99,7 +99,8 @@ def shrink(
         include_normalized: Take also from what a layer, group or RMS norm reduces over; outputs change.
         onnx: Whether to write small.onnx, which needs onnx and onnxscript.
     """
-    module = loaded(model, checkpoint)
+    source = {} if checkpoint is None else read(checkpoint)
+    module = model if checkpoint is None else fitted(model, source, checkpoint)
     example = example_for(module, input)
     options: dict[str, Any] = {"same_class": same_class, "include_normalized": include_normalized}
     if target is None:
@@ -109,7 +110,7 @@ def shrink(
     print(report.explain())
     output.mkdir(parents=True, exist_ok=True)
     report.plan.save(output / "plan.json")
-    torch.save(small_checkpoint(report, checkpoint), output / "small.ckpt")
+    torch.save(small_checkpoint(report, source), output / "small.ckpt")
     if onnx:
         torch.onnx.export(
             report.module.eval(), (example,), str(output / "small.onnx"), dynamo=True, verbose=False
