@@ -14,9 +14,13 @@ from typing_extensions import override
 from lightning_structopt.profiling.flops import count_flops
 from lightning_structopt.profiling.inputs import Call, as_call
 from lightning_structopt.profiling.latency import Latency, latency
+from lightning_structopt.profiling.loggers import Content, log_content
 from lightning_structopt.profiling.memory import forward_bytes, training_bytes
 from lightning_structopt.profiling.tabular import Tabular
 from lightning_structopt.profiling.weights import count_nonzero, own_tensors, saved_bytes, size_bytes
+
+_TOTALS = ("parameters", "trainable", "nonzero", "size_bytes", "flops", "effective_flops")
+_COLUMNS = ("layer", "kind", "parameters", "nonzero", "bytes", "FLOPs", "effective")
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,26 @@ class Profile(Tabular):
 
     def to_dict(self) -> dict[str, Any]:
         """Return totals, latencies and layers as plain data."""
-        totals = ("parameters", "trainable", "nonzero", "size_bytes", "flops", "effective_flops")
-        return {name: getattr(self, name) for name in totals} | asdict(self)
+        return {name: getattr(self, name) for name in _TOTALS} | asdict(self)
+
+    def log_to(self, logger: Any, name: str = "profile", step: int = 0) -> None:
+        """Write the profile to the logger of a run: the totals as metrics, the table of layers as text.
+
+        Args:
+            logger: One of Lightning's: TensorBoard, W&B, MLflow, CSV and others.
+            name: What names begin with, as in ``profile/parameters``.
+            step: The step that it is logged at.
+
+        Raises:
+            TypeError: If ``logger`` is none.
+        """
+        totals = {total: float(getattr(self, total)) for total in (*_TOTALS, "saved_bytes", "latency_ms")}
+        log_content(logger, name, Content({step: totals}, *self.rows()), step)
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Return the header and the rows of the table as text, the total last."""
+        rows = [[layer.name or "(itself)", layer.kind, *_numbers(layer)] for layer in self.layers]
+        return [*_COLUMNS], [*rows, ["total", "", *_numbers(self)]]
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the profile as JSON, and write it to ``path`` if given."""
@@ -134,14 +156,13 @@ class Profile(Tabular):
             ),
         ]
         table = Table(caption="\n".join(caption), caption_justify="left")
-        for column in ("layer", "kind"):
-            table.add_column(column)
-        for column in ("parameters", "nonzero", "bytes", "FLOPs", "effective"):
-            table.add_column(column, justify="right")
-        for layer in self.layers:
-            table.add_row(layer.name or "(itself)", layer.kind, *_numbers(layer))
+        header, rows = self.rows()
+        for index, column in enumerate(header):
+            table.add_column(column, justify="left" if index < 2 else "right")
+        for row in rows[:-1]:
+            table.add_row(*row)
         table.add_section()
-        table.add_row("total", "", *_numbers(self))
+        table.add_row(*rows[-1])
         return table
 
 

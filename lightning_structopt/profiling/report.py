@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from typing_extensions import override
 
+from lightning_structopt.profiling.loggers import Content, log_content
 from lightning_structopt.profiling.profiler import Profile
 from lightning_structopt.profiling.significance import Difference
 from lightning_structopt.profiling.tabular import Tabular, as_csv, as_markdown, written
@@ -151,6 +152,25 @@ class ComparisonReport(Tabular):
             json.dumps([asdict(entry) | {"costs": entry.costs} for entry in self.entries], indent=2), path
         )
 
+    def log_to(self, logger: Any, name: str = "comparison", step: int = 0) -> None:
+        """Write the report to the logger of a run: figures, the table and, where matplotlib is installed, the plot.
+
+        Args:
+            logger: One of Lightning's: TensorBoard, W&B, MLflow, CSV and others. The table is text or an artifact
+                there, where it has a place for one.
+            name: What names begin with, as in ``comparison/pruned/accuracy``.
+            step: The step that it is logged at.
+
+        Raises:
+            TypeError: If ``logger`` is none.
+        """
+        metrics = {
+            f"{entry.name}/{figure}": value
+            for entry in self.entries
+            for figure, value in [*entry.metrics.items(), *entry.costs.items()]
+        }
+        log_content(logger, name, Content({step: metrics}, *self.rows(), self._drawn()), step)
+
     def plot(self, path: str | Path | None = None, *, cost: str = "latency (ms)") -> Any:
         """Draw the first metric over a cost, the Pareto front marked; returns a matplotlib figure.
 
@@ -193,10 +213,16 @@ class ComparisonReport(Tabular):
         page = _PAGE.format(head=head, body=body, notes=notes, plot=self._svg())
         return written(page, path)
 
-    def _svg(self) -> str:
+    def _drawn(self) -> Any:
+        """Return the plot, or None without matplotlib."""
         try:
-            figure = self.plot()
+            return self.plot()
         except ImportError:
+            return None
+
+    def _svg(self) -> str:
+        figure = self._drawn()
+        if figure is None:
             return ""
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg")

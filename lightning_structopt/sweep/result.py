@@ -11,6 +11,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from lightning_structopt._checks import require_whole
+from lightning_structopt.profiling.loggers import Content, log_content
 from lightning_structopt.profiling.tabular import Tabular, as_csv, as_markdown, written
 from lightning_structopt.sweep.loading import load_candidate
 from lightning_structopt.sweep.pareto import Point, front
@@ -197,6 +198,29 @@ class SweepResult(Tabular):
         return written(
             json.dumps({"monitor": self.monitor, "mode": self.mode, "candidates": found}, indent=2), path
         )
+
+    def log_to(self, logger: Any, name: str = "sweep") -> None:
+        """Write the sweep to the logger of a run: learning curves and costs as metrics, the table, and the plot.
+
+        Args:
+            logger: One of Lightning's: TensorBoard, W&B, MLflow, CSV and others.
+            name: What names begin with, as in ``sweep/wide/val_acc``. Steps are epochs.
+
+        Raises:
+            TypeError: If ``logger`` is none.
+        """
+        last = max((candidate.epochs for candidate in self.candidates), default=0)
+        metrics: dict[int, dict[str, float]] = {}
+        for candidate in self.candidates:
+            for epoch, score in candidate.curve.items():
+                metrics.setdefault(epoch, {})[f"{candidate.name}/{self.monitor}"] = score
+            costs = {**candidate.costs, "epochs": candidate.epochs, "seconds": candidate.seconds}
+            metrics.setdefault(last, {}).update({f"{candidate.name}/{k}": float(v) for k, v in costs.items()})
+        try:
+            figure = self.plot()
+        except (ImportError, ValueError):  # no matplotlib, or no candidate that has come to a score or a cost
+            figure = None
+        log_content(logger, name, Content(metrics, *self.rows(), figure), last)
 
     def _signs(self, *names: str | None) -> list[int]:
         return [1 if (name or self.monitor) == self.monitor and self.mode == "max" else -1 for name in names]
