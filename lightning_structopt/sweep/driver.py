@@ -27,7 +27,6 @@ class _Active:
     epochs: int
     slot: int
     process: Any
-    began: float
     save: Path
     curve: dict[int, float] = field(default_factory=dict)
     outcome: Message | None = None
@@ -117,7 +116,7 @@ class Driver:
             trainer = self._plan.trainer_of(name)
             spec = self._plan.spec(record, epochs, self._executor.threads(trainer))
             process = self._executor.start(spec, slot, trainer)
-            self._active.append(_Active(record, epochs, slot, process, monotonic(), Path(spec.save)))
+            self._active.append(_Active(record, epochs, slot, process, Path(spec.save)))
             self._display.started(name, seed, record.rungs[-1].epochs if record.rungs else 0, epochs)
 
     def _record(self, name: str, seed: int) -> Record:
@@ -196,7 +195,8 @@ class Driver:
     def _deadline(self, active: _Active) -> float:
         if active.outcome is not None:
             return active.outcome_at + _LINGER
-        return active.began + (self._plan.timeout or float("inf"))
+        began = active.process.began
+        return float("inf") if began is None or self._plan.timeout is None else began + self._plan.timeout
 
     def _patience(self) -> float:
         """Return the seconds until something has to be done even if nobody says anything."""

@@ -1,46 +1,20 @@
 """Where trials run: processes on this machine, or this very process."""
 
 import os
-import selectors
-import signal
-import socket
-import subprocess
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from time import monotonic
+from typing import Any
 
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_structopt._checks import require_whole
-from lightning_structopt.sweep.devices import count_devices, gpus_of_slot, require_devices
-from lightning_structopt.sweep.forkserver import end_group, shared_server
-from lightning_structopt.sweep.lines import Line
+from lightning_structopt.sweep.devices import count_devices, require_devices
+from lightning_structopt.sweep.processes import Running, start_locally, trial_environment, wait_for
 from lightning_structopt.sweep.spec import Message, TrialSpec
 from lightning_structopt.sweep.trial import run_trial
-
-# Seconds after which to look whether a process is gone whose line is still held by one it started.
-_POLL = 0.2
-# What a launcher has told this process about itself must not reach its trials.
-_LAUNCHERS = ("LOCAL_RANK", "RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PL_GLOBAL_SEED",
-              "PL_SEED_WORKERS", "PL_FAULT_TOLERANT_TRAINING")  # fmt: skip
-_PREFIXES = ("MASTER_", "TORCHELASTIC_", "GROUP_WORLD_", "ROLE_")
-
-
-class Running(Protocol):
-    """A trial that has been started."""
-
-    def messages(self) -> list[Message]:
-        """Return what it has said since the last time."""
-
-    def status(self) -> int | None:
-        """Return its exit status, negative for a signal; None while it runs."""
-
-    def kill(self) -> None:
-        """End it with all that it started, at once."""
 
 
 class Executor(ABC):
@@ -109,18 +83,12 @@ class LocalProcesses(Executor):
 
     @override
     def start(self, spec: TrialSpec, slot: int, trainer: Mapping[str, Any]) -> Running:
-        environment = _environment(slot, self.workers, spec.threads, trainer)
-        forked = sys.platform == "linux" and count_devices(trainer, self.workers) == 1
-        return (_Forked if forked else _Spawned)(spec, environment)
+        environment = trial_environment(slot, self.workers, spec.threads, trainer)
+        return start_locally(spec, environment, count_devices(trainer, self.workers))
 
     @override
     def wait(self, running: Sequence[Any], timeout: float) -> None:
-        with selectors.DefaultSelector() as selector:
-            for process in running:
-                if process.line.open:
-                    selector.register(process.line, selectors.EVENT_READ)
-            closing = any(not process.line.open for process in running)
-            selector.select(min(timeout, 0.005 if closing else _POLL))
+        wait_for(running, timeout)
 
 
 class InProcess(Executor):
@@ -183,6 +151,7 @@ class InProcess(Executor):
 class _Finished:
     def __init__(self, said: list[Message]) -> None:
         self._said = said
+        self.began: float | None = monotonic()
 
     def messages(self) -> list[Message]:
         said, self._said = self._said, []
@@ -193,97 +162,3 @@ class _Finished:
 
     def kill(self) -> None:
         return
-
-
-class _Forked:
-    """A trial on one device."""
-
-    def __init__(self, spec: TrialSpec, environment: dict[str, str]) -> None:
-        self.line, theirs = Line.pair()
-        request = {
-            "spec": str(spec.write()),
-            "log": log_of(spec),
-            "cwd": os.getcwd(),
-            "environment": environment,
-        }
-        self._server = shared_server()
-        self._pid = self._server.fork(request, theirs.fileno())
-        theirs.close()
-        self._status: int | None = None
-
-    def messages(self) -> list[Message]:
-        return self.line.messages()
-
-    def status(self) -> int | None:
-        if self._status is None:
-            self._status = self._server.status(self._pid)
-        return self._status
-
-    def kill(self) -> None:
-        if self.status() is None:
-            os.kill(self._pid, signal.SIGKILL)  # the server ends the rest of its group
-            while self.status() is None:
-                self._server.wait()
-        self.line.close()
-
-
-class _Spawned:
-    """A trial in a new interpreter, the first of its ranks."""
-
-    def __init__(self, spec: TrialSpec, environment: dict[str, str]) -> None:
-        self.line, theirs = Line.pair()
-        imports = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        with Path(log_of(spec)).open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "lightning_structopt.sweep", str(spec.write())],
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment | {"STRUCTOPT_CHANNEL": str(theirs.fileno()), "PYTHONPATH": imports},
-            )
-        theirs.close()
-
-    def messages(self) -> list[Message]:
-        return self.line.messages()
-
-    def status(self) -> int | None:
-        if self._process.returncode is None:
-            ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is None:
-                return None
-            end_group(self._process.pid)  # before its id is free: its ranks go with it
-        return self._process.wait()
-
-    def kill(self) -> None:
-        if self._process.returncode is None:
-            end_group(self._process.pid)
-            self._process.wait()
-        self.line.close()
-
-
-def log_of(spec: TrialSpec) -> str:
-    """Return the file that a trial's output goes to, and see to its folder."""
-    folder = Path(spec.directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    return str(folder / "log.txt")
-
-
-def _environment(slot: int, workers: int, threads: int | None, trainer: Mapping[str, Any]) -> dict[str, str]:
-    scrubbed = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _LAUNCHERS and not name.startswith(_PREFIXES)
-    }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        scrubbed["MASTER_PORT"] = str(free.getsockname()[1])
-    if "SLURM_JOB_NAME" in scrubbed:
-        scrubbed["SLURM_JOB_NAME"] = (
-            "bash"  # an interactive job to Lightning, which then starts its own ranks
-        )
-    if threads is not None:
-        scrubbed["OMP_NUM_THREADS"] = str(threads)
-    gpus = gpus_of_slot(slot, workers, trainer)
-    return scrubbed if gpus is None else scrubbed | {"CUDA_VISIBLE_DEVICES": gpus}

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -43,6 +44,7 @@ class ForkServer:
         )
         theirs.close()
         self._statuses: dict[int, int] = {}
+        self.gone = False  # whether it has been killed; trials that it has forked go on
 
     def fork(self, request: dict[str, Any], channel: int) -> int:
         """Start a trial and return its process id.
@@ -52,31 +54,31 @@ class ForkServer:
             channel: Descriptor of its end of the line to the driver.
 
         Raises:
-            ConnectionError: If the server is gone.
+            ConnectionError: If the server has been killed.
         """
-        socket.send_fds(self._control, [json.dumps(request).encode()], [channel])
+        try:
+            socket.send_fds(self._control, [json.dumps(request).encode()], [channel])
+        except ConnectionError:
+            self._hang_up()
+            raise
         while True:
             answer = self._receive()
             if "pid" in answer:
                 return int(answer["pid"])
 
     def status(self, pid: int) -> int | None:
-        """Return how ``pid`` ended, as :attr:`subprocess.Popen.returncode` would be; None if it still runs."""
-        while pid not in self._statuses and select.select([self._control], [], [], 0)[0]:
-            try:
+        """Return how ``pid`` ended, as :attr:`subprocess.Popen.returncode` would be; None as long as it isn't known.
+
+        It never will be if the server is :attr:`gone` by then.
+        """
+        while not self.gone and pid not in self._statuses and select.select([self._control], [], [], 0)[0]:
+            with suppress(ConnectionError):
                 self._receive()
-            except ConnectionError:
-                return -signal.SIGKILL  # nobody knows any more
         return self._statuses.pop(pid, None)
 
     def wait(self) -> None:
         """Wait until something ends."""
         select.select([self._control], [], [], 1.0)
-
-    @property
-    def alive(self) -> bool:
-        """Whether it can still fork."""
-        return self._process.poll() is None
 
     def close(self) -> None:
         """End it."""
@@ -84,13 +86,21 @@ class ForkServer:
         self._process.wait()
 
     def _receive(self) -> dict[str, Any]:
-        message = self._control.recv(_LONGEST)
+        try:
+            message = self._control.recv(_LONGEST)
+        except ConnectionError:
+            message = b""
         if not message:
-            raise ConnectionError("The process that starts trials has gone. Run the sweep again: it goes on.")
+            self._hang_up()
+            raise ConnectionError("The process that starts trials has been killed.")
         answer: dict[str, Any] = json.loads(message)
         if "ended" in answer:
             self._statuses[answer["ended"]] = answer["status"]
         return answer
+
+    def _hang_up(self) -> None:
+        self.gone = True
+        self._process.wait()
 
 
 @cache
@@ -101,7 +111,7 @@ def _shared(driver: int) -> list[ForkServer]:
 def shared_server() -> ForkServer:
     """Return the server of this process, started if it isn't there."""
     servers = _shared(os.getpid())
-    if not servers or not servers[-1].alive:
+    if not servers or servers[-1].gone:
         servers.append(ForkServer())
         atexit.register(servers[-1].close)
     return servers[-1]

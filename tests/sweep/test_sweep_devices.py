@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_structopt.sweep import ArchitectureSweep, FixedRounds, InProcess, LocalProcesses, SweepResult
 from lightning_structopt.sweep.devices import count_devices, gpus_of_slot
-from lightning_structopt.sweep.executors import _environment
+from lightning_structopt.sweep.processes import trial_environment
 
 TWO = {"strategy": "ddp", "devices": 2, "accelerator": "cpu"}
 
@@ -130,7 +130,7 @@ def test_what_a_launcher_said_to_the_driver_does_not_reach_trials(monkeypatch: p
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setenv("SLURM_JOB_NAME", "training")
-    found = _environment(0, 1, 3, {"accelerator": "cpu"})
+    found = trial_environment(0, 1, 3, {"accelerator": "cpu"})
     assert not found.keys() & {"LOCAL_RANK", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "PL_GLOBAL_SEED"}
     assert int(found["MASTER_PORT"]) > 1023
     assert found["SLURM_JOB_NAME"] == "bash"
