@@ -4,6 +4,7 @@ from lightning_structopt.sweep.architecture import AllFailedError, ArchitectureS
 from lightning_structopt.sweep.brackets import AsynchronousHalving, Hyperband
 from lightning_structopt.sweep.budget import Budget, FixedRounds, SuccessiveHalving
 from lightning_structopt.sweep.candidates import Candidate
+from lightning_structopt.sweep.cluster import RayCluster
 from lightning_structopt.sweep.constraints import Constraint, MaxBytes, MaxFLOPs, MaxLatency, MaxParameters
 from lightning_structopt.sweep.executors import Executor, InProcess, LocalProcesses
 from lightning_structopt.sweep.result import CandidateResult, SweepResult
@@ -26,6 +27,7 @@ __all__ = [
     "MaxFLOPs",
     "MaxLatency",
     "MaxParameters",
+    "RayCluster",
     "SearchSpace",
     "SuccessiveHalving",
     "SweepResult",
