@@ -148,6 +148,19 @@ class LabelSpace:
             labels, zero = first, zero.all(dim, keepdim=True)
         return Layer(labels, zero)
 
+    def linked(self) -> Tensor:
+        """Return which labels are tied to each other otherwise than by what keeps them, as :meth:`classes` does."""
+        return connected_components(self.size, [pairs[:, (pairs != FIXED).all(0)] for pairs in self._edges])
+
+    def reasons(self, labels: Tensor) -> list[str]:
+        """Return why labels are kept, in the words of what keeps them or something that they are tied to."""
+        linked = self.linked()
+        own = linked[labels]
+        found = (
+            why for why, noted in self.notes if bool(torch.isin(linked[noted[noted != FIXED]], own).any())
+        )
+        return list(dict.fromkeys(found))
+
     def classes(self) -> Tensor:
         """Return the class of every label: the smallest label it is tied to."""
         return connected_components(self.size, self._edges)

@@ -96,7 +96,11 @@ def changed_literals(trace: Trace, kept: Tensor) -> list[Literal]:
 
 def all_literals(trace: Trace, kept: Tensor) -> list[Literal]:
     """Return all literals that stand for sizes, with their values where only labels that are ``kept`` remain."""
-    sizes = Sizes(trace.values, kept)
+    return literals_of(trace, Sizes(trace.values, kept))
+
+
+def literals_of(trace: Trace, sizes: Sizes) -> list[Literal]:
+    """Return all literals that stand for sizes, with their values where tensors have other ``sizes``."""
     return [
         Literal(node, name, old, new)
         for node in trace.program.graph.nodes

@@ -43,10 +43,10 @@ def shrink_in_place(module: nn.Module, plan: ShrinkPlan, optimizers: Sequence[Op
     for name, tensor in tensors.items():
         if tensor.grad is not None:
             gradient, tensor.grad = smaller_tensor(tensor.grad, plan.kept[name]), None
-            _replace(tensor, smaller_tensor(tensor, plan.kept[name]))
+            replace_data(tensor, smaller_tensor(tensor, plan.kept[name]))
             tensor.grad = gradient
         else:
-            _replace(tensor, smaller_tensor(tensor, plan.kept[name]))
+            replace_data(tensor, smaller_tensor(tensor, plan.kept[name]))
     set_attributes(module, plan.attributes)
 
 
@@ -60,7 +60,7 @@ def _smaller_states(
     }
 
 
-def _replace(tensor: Tensor, data: Tensor) -> None:
+def replace_data(tensor: Tensor, data: Tensor) -> None:
     """Give ``tensor`` data of another shape."""
     if tensor.requires_grad:
         # Autograd's node that adds up gradients may outlive a step and knows the shape. It is made anew when the

@@ -1,0 +1,7 @@
+"""Growth: wider and deeper networks that go on where the small one was."""
+
+from lightning_structopt.growth.net2net import deepen, widen
+from lightning_structopt.growth.plan import GrowthPlan
+from lightning_structopt.growth.steps import Deepen, GrowthStep, Widen
+
+__all__ = ["Deepen", "GrowthPlan", "GrowthStep", "Widen", "deepen", "widen"]

@@ -1,0 +1,134 @@
+"""What of a module has grown, as plain data: names, indices and numbers."""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_structopt.growth.deepening import Deepening
+from lightning_structopt.growth.widening import Widening
+from lightning_structopt.shrinking.plan import class_name
+
+VERSION = 1
+_STEPS: dict[str, type[Widening] | type[Deepening]] = {"widening": Widening, "deepening": Deepening}
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """How to make the grown module of a fresh one of the same class, step by step.
+
+    It holds names and numbers only, so it is saved as JSON, and loading one runs no code. The same plan makes the same
+    module everywhere: whatever is drawn has a seed.
+
+    Args:
+        module_class: The class it was made for, ``"package.module.Class"``.
+        steps: What grew, in that order.
+
+    Example:
+        >>> import torch
+        >>> from lightning_structopt.growth.steps import Widen
+        >>> module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> plan = Widen(1.5, "0").plan(module, torch.randn(2, 4))
+        >>> plan.apply(module)[0]
+        Linear(in_features=4, out_features=12, bias=True)
+    """
+
+    module_class: str
+    steps: tuple[Widening | Deepening, ...] = field(default=())
+
+    def apply(self, module: nn.Module) -> nn.Module:
+        """Return the grown module; ``module`` stays as it is.
+
+        Args:
+            module: A module of the class and the sizes that the plan was made for, with any weights.
+
+        Raises:
+            ValueError: If the plan is for another class or for other shapes.
+        """
+        grown = copy.deepcopy(module)
+        self.apply_in_place(grown)
+        return grown
+
+    def apply_in_place(self, module: nn.Module, optimizers: Sequence[Optimizer] = ()) -> None:
+        """Grow ``module`` where it is, in the middle of training.
+
+        Parameters stay the same objects, with other data, so that whoever refers to them goes on doing so. What
+        optimizers remember grows with them; parameters of new layers join the groups of those before them.
+
+        Args:
+            module: A module of the class and the sizes that the plan was made for.
+            optimizers: Those that move its parameters.
+
+        Raises:
+            ValueError: If the plan is for another class or for other shapes, or an optimizer's state can't be copied.
+        """
+        if class_name(module) != self.module_class:
+            raise ValueError(
+                f"A plan fits the class that it was made for, `{self.module_class}`. Found "
+                f"`{class_name(module)}`. Give a fresh module of that class."
+            )
+        for step in self.steps:
+            step.grow(module, optimizers)
+
+    def then(self, other: "GrowthPlan") -> "GrowthPlan":
+        """Return the plan that does what this one does, and then what ``other`` does."""
+        return GrowthPlan(self.module_class, (*self.steps, *other.steps))
+
+    def as_data(self) -> dict[str, Any]:
+        """Return the plan as plain data, which :meth:`from_data` reads."""
+        steps = [{"kind": type(step).__name__.lower(), **asdict(step)} for step in self.steps]
+        return {"version": VERSION, "module_class": self.module_class, "steps": steps}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a JSON file."""
+        Path(path).write_text(json.dumps(self.as_data()))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "GrowthPlan":
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            ValueError: If the file is not a plan, or one of another version.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"A plan is a JSON file. Found {str(path)!r}: {error}. Save one by `plan.save`."
+            ) from error
+        return cls.from_data(data)
+
+    @classmethod
+    def from_data(cls, data: Any) -> "GrowthPlan":
+        """Return the plan of what :func:`json.loads` returned.
+
+        Raises:
+            ValueError: If that is not a plan, or one of another version.
+        """
+        version = data.get("version") if isinstance(data, dict) else None
+        if version != VERSION:
+            raise ValueError(
+                f"This release reads plans of version {VERSION}. Found version {version!r}. Make the plan anew, or "
+                "install the release that wrote it."
+            )
+        try:
+            return cls(str(data["module_class"]), tuple(_step(each) for each in data["steps"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"A plan has `module_class` and `steps`. Found {error!r}. Save one by `plan.save`."
+            ) from error
+
+
+def _step(data: Mapping[str, Any]) -> Widening | Deepening:
+    fields = {name: value for name, value in data.items() if name != "kind"}
+    if "copies" in fields:  # JSON has no numbers as keys
+        fields["copies"] = {
+            name: {int(dim): list(indices) for dim, indices in dims.items()}
+            for name, dims in fields["copies"].items()
+        }
+    return _STEPS[data["kind"]](**fields)
