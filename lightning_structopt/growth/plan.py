@@ -81,7 +81,7 @@ class GrowthPlan:
 
     def as_data(self) -> dict[str, Any]:
         """Return the plan as plain data, which :meth:`from_data` reads."""
-        steps = [{"kind": type(step).__name__.lower(), **asdict(step)} for step in self.steps]
+        steps = [{"step": type(step).__name__.lower(), **asdict(step)} for step in self.steps]
         return {"version": VERSION, "module_class": self.module_class, "steps": steps}
 
     def save(self, path: str | Path) -> None:
@@ -125,10 +125,12 @@ class GrowthPlan:
 
 
 def _step(data: Mapping[str, Any]) -> Widening | Deepening:
-    fields = {name: value for name, value in data.items() if name != "kind"}
+    fields = {name: value for name, value in data.items() if name != "step"}
     if "copies" in fields:  # JSON has no numbers as keys
         fields["copies"] = {
             name: {int(dim): list(indices) for dim, indices in dims.items()}
             for name, dims in fields["copies"].items()
         }
-    return _STEPS[data["kind"]](**fields)
+    if "bounds" in fields:
+        fields["bounds"] = tuple(fields["bounds"])
+    return _STEPS[data["step"]](**fields)

@@ -1,4 +1,4 @@
-"""Ten architectures of torchvision and timm, and the small nets of shrinking's tests: wider and deeper, the same function."""
+"""Architectures of torchvision and timm: wider and deeper, the same function."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,0 +1,64 @@
+"""Loading the grown module of a checkpoint."""
+
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from lightning_structopt.growth.plan import GrowthPlan
+
+OWNER = "NetworkGrowth"  # under this key Lightning keeps the callback's state in a checkpoint
+_Module = TypeVar("_Module")
+
+
+def load_grown(module_class: type[_Module], checkpoint: str | Path, **init: Any) -> _Module:
+    """Load the module of a checkpoint that a training with ``NetworkGrowth`` saved, as large as it was then.
+
+    The module is made as ``load_from_checkpoint`` makes it, grows by the plan in the checkpoint, and takes the weights.
+    Nothing that is read can run code. An ``on_load_checkpoint`` of the module sees an empty state dict.
+
+    Args:
+        module_class: The LightningModule's class.
+        checkpoint: The file.
+        **init: Arguments of the class, as for ``load_from_checkpoint``: those that ``save_hyperparameters`` did not
+            save.
+
+    Returns:
+        The module, on the CPU.
+
+    Raises:
+        ValueError: If the checkpoint is of another training, or the class or its arguments don't fit.
+
+    Example:
+        >>> module = load_grown(MyModule, "last.ckpt")  # doctest: +SKIP
+    """
+    loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    plan = plan_in(loaded)
+    if plan is None:
+        raise ValueError(
+            "A checkpoint with a grown module is saved by a training with `NetworkGrowth`. Found none of its plans in "
+            f"{str(checkpoint)!r}. Load it by `{module_class.__name__}.load_from_checkpoint`."
+        )
+    state, loaded["state_dict"] = loaded["state_dict"], {}
+    buffer = io.BytesIO()
+    torch.save(loaded, buffer)
+    buffer.seek(0)
+    with warnings.catch_warnings():  # of an empty state dict, which is meant
+        warnings.filterwarnings("ignore", ".*keys that are in the model state dict but not in the checkpoint")
+        warnings.filterwarnings("ignore", "The state dict in .* contains no parameters")
+        module = module_class.load_from_checkpoint(  # type: ignore[attr-defined]
+            buffer, map_location="cpu", strict=False, weights_only=True, **init
+        )
+    plan.apply_in_place(module)
+    module.load_state_dict(state)
+    grown: _Module = module
+    return grown
+
+
+def plan_in(checkpoint: Mapping[str, Any]) -> GrowthPlan | None:
+    """Return the plan in a checkpoint, if it has one."""
+    data = checkpoint.get("callbacks", {}).get(OWNER, {}).get("plan")
+    return None if data is None else GrowthPlan.from_data(data)
