@@ -75,7 +75,9 @@ def test_a_layer_gets_wider(name: str) -> None:
     assert_same_function(module, wide, torch.randn_like(inputs))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny, heads", "efficientnet_lite0", "shufflenet_v2"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("efficientnet_lite0", marks=pytest.mark.zoo), "vit_tiny, heads", "shufflenet_v2"]
+)
 def test_the_whole_gets_wider(name: str) -> None:
     module, inputs = made(name)
     wide = Widen(1.5).apply(module, inputs)
@@ -84,7 +86,7 @@ def test_the_whole_gets_wider(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["identity", "residual"])
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0", "regnet", "vit_tiny, heads"])
+@pytest.mark.parametrize("name", ["resnet18", "regnet", "vit_tiny, heads"])
 def test_gets_deeper(name: str, kind: Any) -> None:
     module, inputs = made(name)
     step = Deepen(kind=kind, norm=kind == "residual" and "vit" not in name)
