@@ -141,6 +141,7 @@ def _whole_sequence(module: nn.Module, name: str) -> str:
 def _require_same(module: nn.Module, inputs: tuple[Any, ...], deepening: Deepening) -> None:
     comparison = Comparison(module, inputs)
     try:
+        comparison.call(comparison.grown(deepening.grow))
         gap = comparison.gap(comparison.grown(deepening.grow))
     except (AttributeError, TypeError, RuntimeError, IndexError, KeyError, NotImplementedError) as error:
         raise ValueError(

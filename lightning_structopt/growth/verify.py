@@ -4,9 +4,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, bfloat16, float16, nn
 from torch.utils._pytree import tree_map
 
+from lightning_structopt._undisturbed import evaluating
 from lightning_structopt.shrinking.verify import difference, outputs_of
 
 
@@ -52,6 +54,11 @@ class Comparison:
     def run(self, grown: nn.Module) -> None:
         """Run a grown module itself in evaluation, so that what an error says of its parts is known."""
         outputs_of(grown, self._inputs)
+
+    def call(self, grown: nn.Module) -> None:
+        """Run a grown module as users do in evaluation: the fast paths of attention ask parts for their weights."""
+        with evaluating(grown), torch.no_grad(), torch.random.fork_rng([]):
+            grown(*self._inputs)
 
     def gap(self, grown: nn.Module) -> float:
         """Return the largest difference of outputs in evaluation and in training, relative to the largest number."""
