@@ -63,6 +63,9 @@ CALLBACKS: dict[str, Make] = {
         so.Parameters(0.6), criterion=so.Taylor(), interval="step", every=2, remove="never", verbose=False
     ),
     "SnapshotEnsemble": lambda: so.SnapshotEnsemble(cycles=2, minimum=0.1),
+    "NetworkGrowth": lambda: so.NetworkGrowth(
+        so.Plateau("train_loss", patience=9), deepen=so.Deepen(kind="residual"), verbose=False
+    ),
     "ActivationCheck": lambda: so.ActivationCheck(every=3),
     "AdaptiveReport": lambda: so.AdaptiveReport(verbose=False),
 }
@@ -256,6 +259,14 @@ CONFIGURATIONS = {
     "SnapshotEnsemble": """
         - class_path: lightning_structopt.SnapshotEnsemble
           init_args: {cycles: 2, minimum: 0.1}
+    """,
+    "NetworkGrowth": """
+        - class_path: lightning_structopt.NetworkGrowth
+          init_args:
+            when: {class_path: lightning_structopt.Plateau, init_args: {monitor: train_loss, patience: 1}}
+            widen: {class_path: lightning_structopt.Widen, init_args: {factor: 1.5}}
+            deepen: {class_path: lightning_structopt.Deepen}
+            verbose: false
     """,
     "ActivationCheck": """
         - class_path: lightning_structopt.ActivationCheck
