@@ -16,7 +16,6 @@ from lightning_structopt._checks import require_lightning, require_type, require
 from lightning_structopt._release import release
 from lightning_structopt.growth.host import (
     count_of,
-    grow_during_fit,
     grow_on_load,
     grown_plan,
     order_of,
@@ -28,7 +27,8 @@ from lightning_structopt.growth.plan import GrowthPlan
 from lightning_structopt.growth.plateau import Plateau
 from lightning_structopt.growth.steps import Deepen, GrowthStep, Widen
 from lightning_structopt.shrinking.examples import example_for
-from lightning_structopt.shrinking.plan import class_name
+from lightning_structopt.shrinking.host import change_during_fit
+from lightning_structopt.shrinking.saved_plan import class_name
 
 
 class NetworkGrowth(Callback):
@@ -243,7 +243,7 @@ class NetworkGrowth(Callback):
                 f"{self.max_parameters:,}`."
             )
             return
-        grow_during_fit(trainer, pl_module, plan)
+        change_during_fit(trainer, pl_module, plan.apply_in_place)
         whole = self.plan
         assert whole is not None
         self._state |= {

@@ -14,6 +14,7 @@ from lightning_structopt.growth.plan import GrowthPlan
 from lightning_structopt.pruning import IterativePruning
 from lightning_structopt.pruning.host import averaged_modules
 from lightning_structopt.shrinking import ChannelPruning
+from lightning_structopt.shrinking.host import being_loaded, require_replaceable
 from lightning_structopt.shrinking.tracing import tensors_of
 
 Order = list[list[list[str]]]  # of each optimizer and group, the names of its parameters
@@ -25,12 +26,8 @@ def require_fitting_trainer(trainer: Any, module: nn.Module) -> None:
     Raises:
         ValueError: If the strategy, an optimizer, another callback or compilation does not fit.
     """
-    name = type(trainer.strategy).__name__
-    if name not in {"SingleDeviceStrategy", "DDPStrategy"}:
-        raise ValueError(
-            "`NetworkGrowth` replaces parameters while they train, which works on one device and under `ddp`. Found "
-            f"`{name}`. Train with one of these; or grow by `so.widen` or `so.deepen` between two trainings."
-        )
+    remedy = "Train with one of these; or grow by `so.widen` or `so.deepen` between two trainings."
+    require_replaceable(trainer, "`NetworkGrowth`", remedy)
     if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
         raise ValueError(
             "What an optimizer remembers grows parameter by parameter. Found `LBFGS`, which keeps all in one. Use SGD, "
@@ -49,25 +46,6 @@ def require_fitting_trainer(trainer: Any, module: nn.Module) -> None:
         )
 
 
-def grow_during_fit(trainer: Any, module: nn.Module, plan: GrowthPlan) -> None:
-    """Grow the module that ``trainer`` trains, with all that belongs to it.
-
-    Args:
-        trainer: The trainer, between two optimizer steps.
-        module: The module.
-        plan: What grows.
-    """
-    strategy = trainer.strategy
-    wrapped = hasattr(strategy, "configure_ddp")
-    if wrapped:
-        strategy.model = module  # the old wrapper knows the old shapes
-    plan.apply_in_place(module, trainer.optimizers)
-    for average in averaged_modules(trainer):
-        plan.apply_in_place(average)
-    if wrapped:
-        strategy.configure_ddp()
-
-
 def grow_on_load(trainer: Any, module: nn.Module) -> RemovableHandle:
     """Grow ``module`` to the size of the checkpoint that it is about to load.
 
@@ -81,8 +59,7 @@ def grow_on_load(trainer: Any, module: nn.Module) -> RemovableHandle:
     def before_load(part: nn.Module, state: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
         # Averages are copies that listen too, with a prefix before their names.
         own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        # Under this name Lightning keeps what it is loading (a test pins it).
-        plan = plan_in(trainer._checkpoint_connector._loaded_checkpoint or {})
+        plan = plan_in(being_loaded(trainer))
         if plan is not None:
             for each in (module, *averaged_modules(trainer)):
                 grow_to(each, plan, own)

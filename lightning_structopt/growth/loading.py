@@ -1,6 +1,5 @@
 """Loading the grown module of a checkpoint."""
 
-import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from lightning_structopt.growth.plan import GrowthPlan
+from lightning_structopt.shrinking.loading import made_from, plan_data
 
 OWNER = "NetworkGrowth"  # under this key Lightning keeps the callback's state in a checkpoint
 _Module = TypeVar("_Module")
@@ -43,15 +43,10 @@ def load_grown(module_class: type[_Module], checkpoint: str | Path, **init: Any)
             f"{str(checkpoint)!r}. Load it by `{module_class.__name__}.load_from_checkpoint`."
         )
     state, loaded["state_dict"] = loaded["state_dict"], {}
-    buffer = io.BytesIO()
-    torch.save(loaded, buffer)
-    buffer.seek(0)
     with warnings.catch_warnings():  # of an empty state dict, which is meant
         warnings.filterwarnings("ignore", ".*keys that are in the model state dict but not in the checkpoint")
         warnings.filterwarnings("ignore", "The state dict in .* contains no parameters")
-        module = module_class.load_from_checkpoint(  # type: ignore[attr-defined]
-            buffer, map_location="cpu", strict=False, weights_only=True, **init
-        )
+        module = made_from(module_class, loaded, strict=False, **init)
     plan.apply_in_place(module)
     module.load_state_dict(state)
     grown: _Module = module
@@ -60,5 +55,5 @@ def load_grown(module_class: type[_Module], checkpoint: str | Path, **init: Any)
 
 def plan_in(checkpoint: Mapping[str, Any]) -> GrowthPlan | None:
     """Return the plan in a checkpoint, if it has one."""
-    data = checkpoint.get("callbacks", {}).get(OWNER, {}).get("plan")
+    data = plan_data(checkpoint, OWNER)
     return None if data is None else GrowthPlan.from_data(data)

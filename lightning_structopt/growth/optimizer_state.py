@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_structopt.shrinking.optimizer_state import require_shape_of_parameter
+
 # How often the gradient is a factor of what optimizers remember. Others don't change with it.
 _ORDERS = {
     **dict.fromkeys(("momentum_buffer", "exp_avg", "grad_avg", "exp_inf", "prev"), 1),
@@ -52,12 +54,7 @@ def _wider(
 ) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
-    sizes = list(zip(value.shape, shape, strict=False))
-    if value.ndim != len(shape) or any(mine not in {1, whole} for mine, whole in sizes):
-        raise ValueError(
-            "What an optimizer remembers of a parameter must have its shape to grow with it. Found "
-            f"`{key}` of shape {tuple(value.shape)} for a parameter of shape {tuple(shape)}. Use another optimizer."
-        )
+    require_shape_of_parameter(key, value, shape, "grow", "Use another optimizer.")
     # What RMSprop calls so is already divided by the size of gradients.
     order = 0 if key == "momentum_buffer" and "square_avg" in state else _ORDERS.get(key, 0)
     grown = {dim: indices for dim, indices in copies.items() if value.shape[dim] == shape[dim]}
@@ -79,6 +76,11 @@ def wider_values(
         indices = torch.tensor(old, device=value.device)
         value = value.index_select(dim, indices)
         if order and dim not in read:
-            often = torch.bincount(indices)[indices].to(value.dtype)
-            value = value / often.reshape([-1 if axis == dim else 1 for axis in range(value.ndim)]) ** order
+            value = value / copies_along(dim, indices, value) ** order
     return value
+
+
+def copies_along(dim: int, indices: Tensor, like: Tensor) -> Tensor:
+    """Return how often each index is there, along dimension ``dim`` of a tensor ``like`` the grown one."""
+    often = torch.bincount(indices)[indices].to(like.device, like.dtype)
+    return often.reshape([-1 if axis == dim else 1 for axis in range(like.ndim)])

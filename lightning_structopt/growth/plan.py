@@ -1,25 +1,23 @@
 """What of a module has grown, as plain data: names, indices and numbers."""
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
+from typing_extensions import Self, override
 
 from lightning_structopt.growth.deepening import Deepening
 from lightning_structopt.growth.widening import Widening
-from lightning_structopt.shrinking.plan import class_name
+from lightning_structopt.shrinking.saved_plan import SavedPlan
 
-VERSION = 1
 _STEPS: dict[str, type[Widening] | type[Deepening]] = {"widening": Widening, "deepening": Deepening}
 
 
 @dataclass(frozen=True)
-class GrowthPlan:
+class GrowthPlan(SavedPlan):
     """How to make the grown module of a fresh one of the same class, step by step.
 
     It holds names and numbers only, so it is saved as JSON, and loading one runs no code. The same plan makes the same
@@ -38,8 +36,10 @@ class GrowthPlan:
         Linear(in_features=4, out_features=12, bias=True)
     """
 
+    parts: ClassVar[str] = "`module_class` and `steps`"
+
     module_class: str
-    steps: tuple[Widening | Deepening, ...] = field(default=())
+    steps: tuple[Widening | Deepening, ...] = ()
 
     def apply(self, module: nn.Module) -> nn.Module:
         """Return the grown module; ``module`` stays as it is.
@@ -67,11 +67,7 @@ class GrowthPlan:
         Raises:
             ValueError: If the plan is for another class or for other shapes, or an optimizer's state can't be copied.
         """
-        if class_name(module) != self.module_class:
-            raise ValueError(
-                f"A plan fits the class that it was made for, `{self.module_class}`. Found "
-                f"`{class_name(module)}`. Give a fresh module of that class."
-            )
+        self.require_class_of(module)
         for step in self.steps:
             step.grow(module, optimizers)
 
@@ -79,49 +75,15 @@ class GrowthPlan:
         """Return the plan that does what this one does, and then what ``other`` does."""
         return GrowthPlan(self.module_class, (*self.steps, *other.steps))
 
-    def as_data(self) -> dict[str, Any]:
-        """Return the plan as plain data, which :meth:`from_data` reads."""
+    @override
+    def _data(self) -> dict[str, Any]:
         steps = [{"step": type(step).__name__.lower(), **asdict(step)} for step in self.steps]
-        return {"version": VERSION, "module_class": self.module_class, "steps": steps}
-
-    def save(self, path: str | Path) -> None:
-        """Write the plan to a JSON file."""
-        Path(path).write_text(json.dumps(self.as_data()))
+        return {"module_class": self.module_class, "steps": steps}
 
     @classmethod
-    def load(cls, path: str | Path) -> "GrowthPlan":
-        """Read a plan that :meth:`save` wrote.
-
-        Raises:
-            ValueError: If the file is not a plan, or one of another version.
-        """
-        try:
-            data = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"A plan is a JSON file. Found {str(path)!r}: {error}. Save one by `plan.save`."
-            ) from error
-        return cls.from_data(data)
-
-    @classmethod
-    def from_data(cls, data: Any) -> "GrowthPlan":
-        """Return the plan of what :func:`json.loads` returned.
-
-        Raises:
-            ValueError: If that is not a plan, or one of another version.
-        """
-        version = data.get("version") if isinstance(data, dict) else None
-        if version != VERSION:
-            raise ValueError(
-                f"This release reads plans of version {VERSION}. Found version {version!r}. Make the plan anew, or "
-                "install the release that wrote it."
-            )
-        try:
-            return cls(str(data["module_class"]), tuple(_step(each) for each in data["steps"]))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"A plan has `module_class` and `steps`. Found {error!r}. Save one by `plan.save`."
-            ) from error
+    @override
+    def _of_data(cls, data: Mapping[str, Any]) -> Self:
+        return cls(str(data["module_class"]), tuple(_step(each) for each in data["steps"]))
 
 
 def _step(data: Mapping[str, Any]) -> Widening | Deepening:

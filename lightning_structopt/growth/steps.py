@@ -13,7 +13,7 @@ from lightning_structopt.growth.deepen_plan import plan_deepening
 from lightning_structopt.growth.deepening import DeepenKind
 from lightning_structopt.growth.plan import GrowthPlan
 from lightning_structopt.growth.widen_plan import plan_widening
-from lightning_structopt.shrinking.plan import class_name
+from lightning_structopt.shrinking.saved_plan import class_name
 
 
 class GrowthStep(ABC):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_structopt.growth.optimizer_state import wider_state, wider_values
+from lightning_structopt.growth.optimizer_state import copies_along, wider_state, wider_values
 from lightning_structopt.shrinking.plan import require_same_shapes
-from lightning_structopt.shrinking.replacement import replace_data
+from lightning_structopt.shrinking.replacement import replace_in_place
 from lightning_structopt.shrinking.surgery import set_attributes, smaller_tensor
 from lightning_structopt.shrinking.tracing import tensors_of
 
@@ -53,19 +53,16 @@ class Widening:
         """
         tensors = tensors_of(module)
         require_same_shapes("A widening", self.shapes, tensors)
-        states = [
-            self._states(optimizer, tensors) for optimizer in optimizers
-        ]  # all that may fail comes first
-        for optimizer, own in zip(optimizers, states, strict=True):
-            optimizer.state.update(own)
         generator = torch.Generator().manual_seed(self.seed)
-        for name, dims in self.copies.items():
-            tensor, read = tensors[name], self.divided.get(name, [])
-            gradient, tensor.grad = tensor.grad, None
-            if gradient is not None:
-                gradient = wider_values(gradient, dims, read, order=1)
-            replace_data(tensor, self._wider(tensor, dims, read, generator))
-            tensor.grad = gradient
+        replace_in_place(
+            {name: tensors[name] for name in self.copies},
+            optimizers,
+            data=lambda name, tensor: self._wider(tensor, self.copies[name], self._read(name), generator),
+            gradient=lambda name, gradient: wider_values(gradient, self.copies[name], self._read(name)),
+            state=lambda name, state: wider_state(
+                state, tensors[name].shape, self.copies[name], self._read(name)
+            ),
+        )
         set_attributes(module, self.attributes)
 
     def _wider(
@@ -74,21 +71,13 @@ class Widening:
         wider = smaller_tensor(tensor, dims)
         for dim in read:
             indices = torch.tensor(dims[dim])
-            often = torch.bincount(indices)[indices]
-            shape = [-1 if axis == dim else 1 for axis in range(wider.ndim)]
-            wider = wider / often.reshape(shape).to(wider.device, wider.dtype)
+            wider = wider / copies_along(dim, indices, wider)
             if self.noise:
                 wider += self.noise * float(wider.float().std()) * _balanced(wider, dim, indices, generator)
         return wider
 
-    def _states(self, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> dict[Tensor, dict[str, object]]:
-        return {
-            tensors[name]: wider_state(
-                optimizer.state[tensors[name]], tensors[name].shape, dims, self.divided.get(name, [])
-            )
-            for name, dims in self.copies.items()
-            if tensors[name] in optimizer.state
-        }
+    def _read(self, name: str) -> list[int]:
+        return self.divided.get(name, [])
 
 
 def _balanced(like: Tensor, dim: int, indices: Tensor, generator: torch.Generator) -> Tensor:

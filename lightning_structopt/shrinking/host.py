@@ -1,9 +1,10 @@
 """What channel pruning needs of the trainer it runs in."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_structopt.pruning.host import (
@@ -28,7 +29,7 @@ def require_fitting_trainer(trainer: Any, remove: Removal) -> None:
     require_strategy_keeps_parameters(trainer, "ChannelPruning")
     _require_whole_parameters(trainer)
     if remove == "now":
-        _require_replaceable(trainer)
+        require_replaceable(trainer, '`remove="now"`', 'Give `remove="end"`.')
     require_optimizers_keep_zeros(trainer.optimizers)
     require_end(trainer)
 
@@ -42,12 +43,22 @@ def _require_whole_parameters(trainer: Any) -> None:
         )
 
 
-def _require_replaceable(trainer: Any) -> None:
+def require_replaceable(trainer: Any, what: str, remedy: str) -> None:
+    """Raise if parameters can't be replaced as ``trainer`` trains them.
+
+    Args:
+        trainer: The trainer.
+        what: What replaces them.
+        remedy: What to do about it.
+
+    Raises:
+        ValueError: Unless it trains on one device or under ``ddp``.
+    """
     name = type(trainer.strategy).__name__
     if name not in {"SingleDeviceStrategy", "DDPStrategy"}:
         raise ValueError(
-            '`remove="now"` replaces parameters while they train, which works on one device and under `ddp`. Found '
-            f'`{name}`. Give `remove="end"`.'
+            f"{what} replaces parameters while they train, which works on one device and under `ddp`. Found "
+            f"`{name}`. {remedy}"
         )
 
 
@@ -81,13 +92,26 @@ def shrink_during_fit(trainer: Any, module: nn.Module, plan: ShrinkPlan) -> None
         module: The module.
         plan: What to keep.
     """
+    change_during_fit(trainer, module, lambda each, optimizers: shrink_in_place(each, plan, optimizers))
+
+
+def change_during_fit(
+    trainer: Any, module: nn.Module, change: Callable[[nn.Module, Sequence[Optimizer]], None]
+) -> None:
+    """Change the shapes of the module that ``trainer`` trains, and of the averages that callbacks keep of it.
+
+    Args:
+        trainer: The trainer, between two optimizer steps, or between a backward pass and its step.
+        module: The module.
+        change: Changes a module where it is, and what optimizers remember of it.
+    """
     strategy = trainer.strategy
     wrapped = hasattr(strategy, "configure_ddp")
     if wrapped:
         strategy.model = module  # the old wrapper knows the old shapes
-    shrink_in_place(module, plan, trainer.optimizers)
+    change(module, trainer.optimizers)
     for average in averaged_modules(trainer):
-        shrink_in_place(average, plan)
+        change(average, ())
     if wrapped:
         strategy.configure_ddp()
 
@@ -103,8 +127,7 @@ def shrink_on_load(trainer: Any, module: nn.Module) -> RemovableHandle:
     """
 
     def before_load(part: nn.Module, state: Mapping[str, Tensor], *rest: Any) -> None:
-        # Under this name Lightning keeps what it is loading (a test pins it).
-        plan = plan_in(trainer._checkpoint_connector._loaded_checkpoint or {})
+        plan = plan_in(being_loaded(trainer))
         if plan is not None and _is_small(state, plan):
             for each in (module, *averaged_modules(trainer)):
                 if not plan.is_done(each):
@@ -112,6 +135,12 @@ def shrink_on_load(trainer: Any, module: nn.Module) -> RemovableHandle:
 
     handle: RemovableHandle = module.register_load_state_dict_pre_hook(before_load)  # type: ignore[no-untyped-call]
     return handle
+
+
+def being_loaded(trainer: Any) -> Mapping[str, Any]:
+    """Return the checkpoint that ``trainer`` is loading; empty if there is none."""
+    # Under this name Lightning keeps it (a test pins it).
+    return trainer._checkpoint_connector._loaded_checkpoint or {}
 
 
 def _is_small(state: Mapping[str, Tensor], plan: ShrinkPlan) -> bool:

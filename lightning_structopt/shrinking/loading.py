@@ -44,20 +44,34 @@ def load_shrunk(module_class: type[_Module], checkpoint: str | Path, **init: Any
             "and call `so.shrink(module, example_input)`."
         )
     loaded["state_dict"] = whole_again(loaded["state_dict"], plan)
-    buffer = io.BytesIO()
-    torch.save(loaded, buffer)
-    buffer.seek(0)
-    module = module_class.load_from_checkpoint(  # type: ignore[attr-defined]
-        buffer, map_location="cpu", weights_only=True, **init
-    )
+    module = made_from(module_class, loaded, **init)
     small: _Module = plan.apply(module)  # type: ignore[assignment]
     return small
 
 
 def plan_in(checkpoint: Mapping[str, Any]) -> ShrinkPlan | None:
     """Return the plan in a checkpoint, if it has one."""
-    data = checkpoint.get("callbacks", {}).get(OWNER, {}).get("plan")
+    data = plan_data(checkpoint, OWNER)
     return None if data is None else ShrinkPlan.from_data(data)
+
+
+def plan_data(checkpoint: Mapping[str, Any], owner: str) -> Any:
+    """Return the data of the plan that a callback left in a checkpoint; None if there is none."""
+    return checkpoint.get("callbacks", {}).get(owner, {}).get("plan")
+
+
+def made_from(module_class: Any, checkpoint: Mapping[str, Any], **arguments: Any) -> Any:
+    """Return the module that ``load_from_checkpoint`` makes of a checkpoint that has been read and changed.
+
+    Args:
+        module_class: The LightningModule's class.
+        checkpoint: The checkpoint.
+        **arguments: For ``load_from_checkpoint``.
+    """
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.seek(0)
+    return module_class.load_from_checkpoint(buffer, map_location="cpu", weights_only=True, **arguments)
 
 
 def whole_again(state: Mapping[str, Tensor], plan: ShrinkPlan) -> dict[str, Tensor]:

@@ -38,14 +38,29 @@ def smaller_state(
 def _smaller(key: str, value: Any, shape: Sequence[int], kept: Mapping[int, Sequence[int]]) -> Any:
     if not isinstance(value, Tensor) or value.numel() == 1:
         return value
-    sizes = list(zip(value.shape, shape, strict=False))
-    if value.ndim != len(shape) or any(mine not in {1, whole} for mine, whole in sizes):
-        raise ValueError(
-            "What an optimizer remembers of a parameter must have its shape to be cut with it. Found "
-            f"`{key}` of shape {tuple(value.shape)} for a parameter of shape {tuple(shape)}. Use another "
-            'optimizer, or `remove="end"`.'
-        )
+    require_shape_of_parameter(key, value, shape, "be cut", 'Use another optimizer, or `remove="end"`.')
     for dim, indices in kept.items():
         if value.shape[dim] == shape[dim]:
             value = value.index_select(dim, torch.tensor(list(indices), device=value.device))
     return value
+
+
+def require_shape_of_parameter(key: str, value: Tensor, shape: Sequence[int], to: str, remedy: str) -> None:
+    """Raise unless each dimension of ``value`` is that of its parameter, or one for all.
+
+    Args:
+        key: What the optimizer calls it.
+        value: What it remembers.
+        shape: The parameter's shape.
+        to: What the parameter is about to do.
+        remedy: What to do about it.
+
+    Raises:
+        ValueError: If it has another shape, so that nothing says what is what in it.
+    """
+    sizes = list(zip(value.shape, shape, strict=False))
+    if value.ndim != len(shape) or any(mine not in {1, whole} for mine, whole in sizes):
+        raise ValueError(
+            f"What an optimizer remembers of a parameter must have its shape to {to} with it. Found "
+            f"`{key}` of shape {tuple(value.shape)} for a parameter of shape {tuple(shape)}. {remedy}"
+        )

@@ -1,22 +1,20 @@
 """What of a module is kept, as plain data: names and indices."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
+from typing_extensions import Self, override
 
 from lightning_structopt.shrinking.graph_form import smaller_graph
+from lightning_structopt.shrinking.saved_plan import SavedPlan
 from lightning_structopt.shrinking.surgery import set_attributes, smaller_copy
 from lightning_structopt.shrinking.tracing import tensors_of
 
-VERSION = 1
-
 
 @dataclass(frozen=True)
-class ShrinkPlan:
+class ShrinkPlan(SavedPlan):
     """How to make a smaller module of a fresh one of the same class.
 
     It holds names and numbers only, so it is saved as JSON, and loading one runs no code.
@@ -36,6 +34,8 @@ class ShrinkPlan:
         >>> plan.apply(nn.Linear(3, 2))
         Linear(in_features=2, out_features=2, bias=True)
     """
+
+    parts: ClassVar[str] = "`module_class`, `kept`, `shapes`, `attributes` and `form`"
 
     module_class: str
     kept: Mapping[str, Mapping[int, list[int]]]
@@ -71,11 +71,7 @@ class ShrinkPlan:
         Raises:
             ValueError: If it isn't.
         """
-        if class_name(module) != self.module_class:
-            raise ValueError(
-                f"A plan fits the class that it was made for, `{self.module_class}`. Found "
-                f"`{class_name(module)}`. Give a fresh module of that class."
-            )
+        self.require_class_of(module)
         require_same_shapes("A plan", self.shapes, tensors_of(module))
 
     def is_done(self, module: nn.Module) -> bool:
@@ -93,58 +89,23 @@ class ShrinkPlan:
             for name, shape in self.shapes.items()
         }
 
-    def as_data(self) -> dict[str, Any]:
-        """Return the plan as plain data, which :meth:`from_data` reads."""
-        return {"version": VERSION, **asdict(self)}
-
-    def save(self, path: str | Path) -> None:
-        """Write the plan to a JSON file."""
-        Path(path).write_text(json.dumps(self.as_data()))
+    @override
+    def _data(self) -> dict[str, Any]:
+        return asdict(self)
 
     @classmethod
-    def load(cls, path: str | Path) -> "ShrinkPlan":
-        """Read a plan that :meth:`save` wrote.
-
-        Raises:
-            ValueError: If the file is not a plan, or one of another version.
-        """
-        try:
-            data = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"A plan is a JSON file. Found {str(path)!r}: {error}. Save one by `plan.save`."
-            ) from error
-        return cls.from_data(data)
-
-    @classmethod
-    def from_data(cls, data: Any) -> "ShrinkPlan":
-        """Return the plan of what :func:`json.loads` returned.
-
-        Raises:
-            ValueError: If that is not a plan, or one of another version.
-        """
-        version = data.get("version") if isinstance(data, dict) else None
-        if version != VERSION:
-            raise ValueError(
-                f"This release reads plans of version {VERSION}. Found version {version!r}. Make the plan anew, or "
-                "install the release that wrote it."
-            )
-        try:
-            return cls(
-                module_class=str(data["module_class"]),
-                kept={
-                    name: {int(dim): [int(each) for each in indices] for dim, indices in dims.items()}
-                    for name, dims in data["kept"].items()
-                },
-                shapes={name: [int(size) for size in shape] for name, shape in data["shapes"].items()},
-                attributes={path: dict(values) for path, values in data["attributes"].items()},
-                form="graph" if data["form"] == "graph" else "module",
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"A plan has `module_class`, `kept`, `shapes`, `attributes` and `form`. Found {error!r}. Save one "
-                "by `plan.save`."
-            ) from error
+    @override
+    def _of_data(cls, data: Mapping[str, Any]) -> Self:
+        return cls(
+            module_class=str(data["module_class"]),
+            kept={
+                name: {int(dim): [int(each) for each in indices] for dim, indices in dims.items()}
+                for name, dims in data["kept"].items()
+            },
+            shapes={name: [int(size) for size in shape] for name, shape in data["shapes"].items()},
+            attributes={path: dict(values) for path, values in data["attributes"].items()},
+            form="graph" if data["form"] == "graph" else "module",
+        )
 
 
 def require_same_shapes(
@@ -167,11 +128,6 @@ def require_same_shapes(
                 f"{what} fits modules of the sizes that it was made for: `{name}` of shape {list(shape)}. Found "
                 f"{found}. Make the module with the arguments that it had, and don't shrink it twice."
             )
-
-
-def class_name(module: nn.Module) -> str:
-    """Return the full name of a module's class."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def as_tuple(example_input: Any) -> tuple[Any, ...]:

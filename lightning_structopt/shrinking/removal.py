@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lightning_structopt.shrinking.costs import flop_count
 from lightning_structopt.shrinking.graph_form import smaller_graph
 from lightning_structopt.shrinking.groups import Groups
-from lightning_structopt.shrinking.plan import ShrinkPlan, class_name
+from lightning_structopt.shrinking.plan import ShrinkPlan
 from lightning_structopt.shrinking.report import ShrinkReport
+from lightning_structopt.shrinking.saved_plan import class_name
 from lightning_structopt.shrinking.structure import Structure
 from lightning_structopt.shrinking.tracing import Trace, tensors_of
 from lightning_structopt.shrinking.trial import Trial, kept_indices

@@ -1,6 +1,7 @@
 """Making a module smaller where it is, in the middle of training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,31 +37,52 @@ def shrink_in_place(module: nn.Module, plan: ShrinkPlan, optimizers: Sequence[Op
         )
     plan.require_fits(module)
     tensors = {name: each for name, each in tensors_of(module).items() if name in plan.kept}
-    # All that may fail comes first.
-    states = [_smaller_states(optimizer, tensors, plan.kept) for optimizer in optimizers]
-    for optimizer, own in zip(optimizers, states, strict=True):
-        optimizer.state.update(own)
-    for name, tensor in tensors.items():
-        if tensor.grad is not None:
-            gradient, tensor.grad = smaller_tensor(tensor.grad, plan.kept[name]), None
-            replace_data(tensor, smaller_tensor(tensor, plan.kept[name]))
-            tensor.grad = gradient
-        else:
-            replace_data(tensor, smaller_tensor(tensor, plan.kept[name]))
+    replace_in_place(
+        tensors,
+        optimizers,
+        data=lambda name, tensor: smaller_tensor(tensor, plan.kept[name]),
+        gradient=lambda name, gradient: smaller_tensor(gradient, plan.kept[name]),
+        state=lambda name, state: smaller_state(state, tensors[name].shape, plan.kept[name]),
+    )
     set_attributes(module, plan.attributes)
 
 
-def _smaller_states(
-    optimizer: Optimizer, tensors: Mapping[str, Tensor], kept: Mapping[str, Mapping[int, list[int]]]
-) -> dict[Tensor, dict[str, object]]:
-    return {
-        tensor: smaller_state(optimizer.state[tensor], tensor.shape, kept[name])
-        for name, tensor in tensors.items()
-        if tensor in optimizer.state
-    }
+@torch.no_grad()
+def replace_in_place(
+    tensors: Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer],
+    *,
+    data: Callable[[str, Tensor], Tensor],
+    gradient: Callable[[str, Tensor], Tensor],
+    state: Callable[[str, Mapping[str, Any]], dict[str, Any]],
+) -> None:
+    """Give parameters and buffers data of other shapes, and with them what belongs to them.
+
+    Args:
+        tensors: Parameters and buffers by name; they stay the same objects.
+        optimizers: Those that move them.
+        data: Returns what a tensor becomes. Called in the order of ``tensors``.
+        gradient: Returns what its gradient becomes.
+        state: Returns what an optimizer remembers of it afterwards. It may fail: nothing has changed then.
+    """
+    states = [
+        {
+            each: state(name, optimizer.state[each])
+            for name, each in tensors.items()
+            if each in optimizer.state
+        }
+        for optimizer in optimizers
+    ]
+    for optimizer, own in zip(optimizers, states, strict=True):
+        optimizer.state.update(own)
+    for name, tensor in tensors.items():
+        waiting, tensor.grad = tensor.grad, None
+        _replace_data(tensor, data(name, tensor))
+        if waiting is not None:
+            tensor.grad = gradient(name, waiting)
 
 
-def replace_data(tensor: Tensor, data: Tensor) -> None:
+def _replace_data(tensor: Tensor, data: Tensor) -> None:
     """Give ``tensor`` data of another shape."""
     if tensor.requires_grad:
         # Autograd's node that adds up gradients may outlive a step and knows the shape. It is made anew when the

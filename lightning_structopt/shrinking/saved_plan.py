@@ -1,0 +1,87 @@
+"""Plans as plain data and as files."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+from typing_extensions import Self
+
+VERSION = 1
+
+
+class SavedPlan(ABC):
+    """What is done to modules of one class. It holds names and numbers only, so that loading one runs no code."""
+
+    module_class: str
+    parts: ClassVar[str]
+    """What its data has, in words."""
+
+    @abstractmethod
+    def _data(self) -> dict[str, Any]:
+        """Return the plan as plain data."""
+
+    @classmethod
+    @abstractmethod
+    def _of_data(cls, data: Mapping[str, Any]) -> Self:
+        """Return the plan of what :meth:`_data` returned, also after a way through JSON."""
+
+    def require_class_of(self, module: nn.Module) -> None:
+        """Raise unless ``module`` is of the class that the plan was made for.
+
+        Raises:
+            ValueError: If it isn't.
+        """
+        if class_name(module) != self.module_class:
+            raise ValueError(
+                f"A plan fits the class that it was made for, `{self.module_class}`. Found "
+                f"`{class_name(module)}`. Give a fresh module of that class."
+            )
+
+    def as_data(self) -> dict[str, Any]:
+        """Return the plan as plain data, which :meth:`from_data` reads."""
+        return {"version": VERSION, **self._data()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a JSON file."""
+        Path(path).write_text(json.dumps(self.as_data()))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            ValueError: If the file is not a plan, or one of another version.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"A plan is a JSON file. Found {str(path)!r}: {error}. Save one by `plan.save`."
+            ) from error
+        return cls.from_data(data)
+
+    @classmethod
+    def from_data(cls, data: Any) -> Self:
+        """Return the plan of what :func:`json.loads` returned.
+
+        Raises:
+            ValueError: If that is not a plan, or one of another version.
+        """
+        version = data.get("version") if isinstance(data, dict) else None
+        if version != VERSION:
+            raise ValueError(
+                f"This release reads plans of version {VERSION}. Found version {version!r}. Make the plan anew, or "
+                "install the release that wrote it."
+            )
+        try:
+            return cls._of_data(data)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"A plan has {cls.parts}. Found {error!r}. Save one by `plan.save`.") from error
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the full name of a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
