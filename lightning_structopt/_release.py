@@ -11,3 +11,19 @@ def release(callback: Any) -> None:
     """
     for attached in ("log", "log_dict"):
         vars(callback).pop(attached, None)
+
+
+class LetsGo:
+    """What a callback does when its run is over, or broken off. It goes before ``Callback`` among the bases."""
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Let go."""
+        self._let_go()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let go."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget the module, its optimizers and whatever watches them."""
+        release(self)

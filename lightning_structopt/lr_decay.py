@@ -14,12 +14,12 @@ from typing_extensions import override
 from lightning_structopt._checks import require_choice, require_lightning, require_type, require_whole
 from lightning_structopt._horizon import Horizon, training_horizon
 from lightning_structopt._rates import move, require_rates
-from lightning_structopt._release import release
+from lightning_structopt._release import LetsGo
 from lightning_structopt.pruning.callback import IterativePruning
 from lightning_structopt.schedules import Schedule
 
 
-class LRDecay(Callback):
+class LRDecay(LetsGo, Callback):
     r"""Multiplies the learning rates by a schedule of training progress, :math:`a_t = a_0\, s(t, T)`.
 
     Each optimizer gets a ``torch.optim.lr_scheduler.LambdaLR`` among the trainer's schedulers, so
@@ -125,16 +125,6 @@ class LRDecay(Callback):
         self._follow(trainer, epochs=trainer.current_epoch)
 
     @override
-    def on_exception(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException
-    ) -> None:
-        self._let_go()
-
-    @override
-    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._let_go()
-
-    @override
     def __reduce__(self) -> tuple[type["LRDecay"], tuple[Schedule, str, int | None]]:
         # The arguments only: hooks and schedulers belong to one process and one fit.
         return type(self), (self.schedule, self.interval, self.horizon)
@@ -221,6 +211,7 @@ class LRDecay(Callback):
                 '`interval="epoch"`, or take a schedule without a horizon, such as `Exponential`.'
             )
 
+    @override
     def _let_go(self) -> None:
         """Forget the optimizers, but not how many steps they took."""
         for hook in self._hooks:
@@ -228,7 +219,7 @@ class LRDecay(Callback):
         if self._schedulers:
             self._steps_taken = [scheduler.last_epoch for scheduler in self._schedulers]
         self._hooks, self._schedulers = [], []
-        release(self)
+        super()._let_go()
 
 
 def _rounds(trainer: Any) -> IterativePruning | None:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_structopt._checks import require_in, require_lightning, require_type, require_whole
 from lightning_structopt._devices import moved
-from lightning_structopt._release import release
+from lightning_structopt._release import LetsGo, release
 from lightning_structopt.blocks.adaptive import adaptive_blocks, dense
 from lightning_structopt.blocks.execution import Execution, ExecutionMeter, expected_costs
 from lightning_structopt.blocks.signals import (
@@ -175,7 +175,7 @@ class AdaptiveReport(Callback):
             _show(self.execution)
 
 
-class ActivationCheck(Callback):
+class ActivationCheck(LetsGo, Callback):
     """Warns of activations and gradients that vanish or explode, with the names of their layers.
 
     Checked are the outputs and weight gradients of all layers with a weight of two or more dimensions: at the first
@@ -249,16 +249,6 @@ class ActivationCheck(Callback):
             self._report(found, 0 if first else trainer.global_step)
 
     @override
-    def on_exception(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException
-    ) -> None:
-        self._let_go()
-
-    @override
-    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._let_go()
-
-    @override
     def __reduce__(self) -> tuple[type["ActivationCheck"], tuple[int, float, float]]:
         return type(self), (self.every, self.low, self.high)
 
@@ -273,11 +263,12 @@ class ActivationCheck(Callback):
         for alike in by_kind(new):
             rank_zero_warn(explain(alike, step, self.low, self.high))
 
+    @override
     def _let_go(self) -> None:
         if self._tap is not None:
             self._tap.close()
         self._tap, self._wants_gradients = None, False
-        release(self)
+        super()._let_go()
 
 
 def _measured(pl_module: "pl.LightningModule", example: Any) -> dict[str, Any]:

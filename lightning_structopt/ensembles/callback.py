@@ -18,11 +18,11 @@ from lightning_structopt._checks import require_in, require_lightning, require_w
 from lightning_structopt._dtensors import full, local
 from lightning_structopt._horizon import training_horizon
 from lightning_structopt._rates import move, require_rates
-from lightning_structopt._release import release
+from lightning_structopt._release import LetsGo
 from lightning_structopt.ensembles.parallel import ParallelEnsemble
 
 
-class SnapshotEnsemble(Callback):
+class SnapshotEnsemble(LetsGo, Callback):
     r"""Lets the learning rate fall along a cosine several times over, and keeps the weights at the end of each cycle.
 
     .. math:: a_t = a_0 \Big( e + (1 - e)\, \tfrac12 \big(1 + \cos(\pi \, t' / T')\big) \Big)
@@ -135,16 +135,6 @@ class SnapshotEnsemble(Callback):
             self.snapshots.append(_snapshot(pl_module))
 
     @override
-    def on_exception(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException
-    ) -> None:
-        self._let_go()
-
-    @override
-    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._let_go()
-
-    @override
     def state_dict(self) -> dict[str, Any]:
         return {"snapshots": list(self.snapshots)}
 
@@ -176,9 +166,10 @@ class SnapshotEnsemble(Callback):
             if scheduler.last_epoch != trainer.global_step:
                 move(scheduler, trainer.global_step)
 
+    @override
     def _let_go(self) -> None:
         self._schedulers = []
-        release(self)
+        super()._let_go()
 
 
 @torch.no_grad()

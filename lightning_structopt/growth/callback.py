@@ -13,7 +13,7 @@ from rich import print as rich_print
 from typing_extensions import override
 
 from lightning_structopt._checks import require_lightning, require_type, require_whole
-from lightning_structopt._release import release
+from lightning_structopt._release import LetsGo
 from lightning_structopt.growth.host import (
     count_of,
     grow_on_load,
@@ -31,7 +31,7 @@ from lightning_structopt.shrinking.host import change_during_fit
 from lightning_structopt.shrinking.saved_plan import class_name
 
 
-class NetworkGrowth(Callback):
+class NetworkGrowth(LetsGo, Callback):
     """Makes the module wider or deeper while it trains, with its function kept, and trains on.
 
     It grows at the start of an epoch, once a metric has reached a plateau or at given epochs. Optimizers go on with
@@ -152,16 +152,6 @@ class NetworkGrowth(Callback):
             pl_module.log("growth/parameters", float(count_of(pl_module)), sync_dist=True)
 
     @override
-    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._let_go()
-
-    @override
-    def on_exception(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException
-    ) -> None:
-        self._let_go()
-
-    @override
     def state_dict(self) -> dict[str, Any]:
         return dict(self._state)
 
@@ -260,9 +250,10 @@ class NetworkGrowth(Callback):
             self._handle.remove()
             self._handle = None
 
+    @override
     def _let_go(self) -> None:
         self._stop_listening()
-        release(self)
+        super()._let_go()
 
 
 def _epochs(when: Sequence[int]) -> list[int]:

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_in, require_lightning, require_type
 from lightning_structopt._horizon import Horizon, steps_taken, training_position
-from lightning_structopt._release import release
+from lightning_structopt._release import LetsGo
 from lightning_structopt.pruning.clock import Clock
 from lightning_structopt.pruning.criteria import Criterion, Magnitude
 from lightning_structopt.pruning.host import (
@@ -36,7 +36,7 @@ from lightning_structopt.pruning.selection import Pick, Spare, as_picks, code_of
 from lightning_structopt.pruning.window import Window
 
 
-class IterativePruning(Callback):
+class IterativePruning(LetsGo, Callback):
     r"""Zeroes the least important weights, a few at a time, while the model trains.
 
     Sparsity is absolute: at the end of the window exactly ``round(sparsity * count)`` of the chosen weights
@@ -247,11 +247,7 @@ class IterativePruning(Callback):
         if self._run is not None and self._run.shares_state:
             self._run.detach()
             self._run = None  # putting its parts together would wait for ranks that may be gone
-        self._let_go()
-
-    @override
-    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._let_go()
+        super().on_exception(trainer, pl_module, exception)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -327,13 +323,14 @@ class IterativePruning(Callback):
             sync_dist=not on_step,  # the same on all ranks, but Lightning warns of epoch values without
         )
 
+    @override
     def _let_go(self) -> None:
         """Keep what there is as plain data, and forget the module and its optimizers."""
         if self._run is not None:
             self._state = self.state_dict()
             self._run.detach()
             self._run = None
-        release(self)
+        super()._let_go()
 
 
 def _all(trainer: Any) -> list[IterativePruning]:

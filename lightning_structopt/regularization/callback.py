@@ -18,7 +18,7 @@ from lightning_structopt._checks import require_choice, require_lightning, requi
 from lightning_structopt._horizon import steps_taken, training_horizon
 from lightning_structopt._precision import widened
 from lightning_structopt._rates import require_rates
-from lightning_structopt._release import release
+from lightning_structopt._release import LetsGo
 from lightning_structopt.pruning import IterativePruning
 from lightning_structopt.pruning.raw_steps import RawSteps
 from lightning_structopt.pruning.selection import Pick, as_picks, code_of, select_parameters
@@ -28,7 +28,7 @@ from lightning_structopt.schedules import Schedule
 _Kind = TypeVar("_Kind")
 
 
-class SparsityPenalty(Callback):
+class SparsityPenalty(LetsGo, Callback):
     r"""Trains on loss plus penalty, with weights that become exactly zero.
 
     ``mode="proximal"``: the module's own optimizer steps on the loss alone, and after each of its steps the
@@ -166,16 +166,6 @@ class SparsityPenalty(Callback):
         pl_module.log_dict(values, on_step=False, on_epoch=True, sync_dist=True)
 
     @override
-    def on_exception(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException
-    ) -> None:
-        self._let_go()
-
-    @override
-    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._let_go()
-
-    @override
     def __reduce__(self) -> tuple[type["SparsityPenalty"], tuple[Any, ...]]:
         # The arguments only: hooks and parameters belong to one process and one fit.
         arguments = (self.penalty, self.mode, self.schedule, self.include, self.exclude, self.freeze_zeros)
@@ -248,13 +238,14 @@ class SparsityPenalty(Callback):
                     "elastic net, give `weight_decay` to the optimizer."
                 )
 
+    @override
     def _let_go(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._raw_steps.detach()
         self._parameters, self._chosen, self._hooks, self._attached = {}, set(), [], False
         self._length, self._factor = math.inf, 1.0
-        release(self)
+        super()._let_go()
 
 
 def _all(kind: type[_Kind], trainer: Any) -> list[_Kind]:

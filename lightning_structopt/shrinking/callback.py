@@ -20,7 +20,7 @@ from lightning_structopt._checks import (
     require_type,
     require_whole,
 )
-from lightning_structopt._release import release
+from lightning_structopt._release import LetsGo
 from lightning_structopt.pruning import CubicRamp, IterativePruning, Magnitude
 from lightning_structopt.pruning.clock import Clock
 from lightning_structopt.pruning.criteria import Criterion
@@ -45,7 +45,7 @@ from lightning_structopt.shrinking.targets import Latency, Target
 from lightning_structopt.shrinking.timing import warn_if_missed
 
 
-class ChannelPruning(Callback):
+class ChannelPruning(LetsGo, Callback):
     r"""Takes whole channels, heads and neurons away while the model trains, so that it becomes smaller and faster.
 
     Channels are chosen as groups: what depends on each other (the rows that make a channel, its norm, the columns
@@ -234,11 +234,7 @@ class ChannelPruning(Callback):
         if self._run is not None and self._run.shares_state:
             self._run.detach()
             self._run = None  # putting its parts together would wait for ranks that may be gone
-        self._let_go()
-
-    @override
-    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        self._let_go()
+        super().on_exception(trainer, pl_module, exception)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -339,6 +335,7 @@ class ChannelPruning(Callback):
             self._handle.remove()
             self._handle = None
 
+    @override
     def _let_go(self) -> None:
         """Keep what there is as plain data, and forget the module and its optimizers."""
         self._state = self.state_dict()
@@ -346,4 +343,4 @@ class ChannelPruning(Callback):
             self._run.detach()
             self._run = None
         self._stop_listening()
-        release(self)
+        super()._let_go()
