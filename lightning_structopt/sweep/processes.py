@@ -12,6 +12,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
+from typing_extensions import override
+
 from lightning_structopt.sweep.devices import gpus_of_slot
 from lightning_structopt.sweep.forkserver import ForkServer, end_group, shared_server
 from lightning_structopt.sweep.lines import Line
@@ -41,7 +43,17 @@ class Running(Protocol):
         """End it with all that it started, at once."""
 
 
-class ForkedTrial:
+class LocalTrial(Running):
+    """A trial on this machine, which speaks over a line and begins at once."""
+
+    line: Line
+
+    @override
+    def messages(self) -> list[Message]:
+        return self.line.messages()
+
+
+class ForkedTrial(LocalTrial):
     """A trial on one device.
 
     Args:
@@ -62,20 +74,16 @@ class ForkedTrial:
         self._status: int | None = None
         self.began: float | None = monotonic()
 
-    def messages(self) -> list[Message]:
-        """Return what it has said since the last time."""
-        return self.line.messages()
-
+    @override
     def status(self) -> int | None:
-        """Return its exit status, negative for a signal; None while it runs."""
         if self._status is None:
             self._status = self._server.status(self._pid)
         if self._status is None and self._server.gone and not self.line.open:
             self._status = -signal.SIGKILL  # how it ended nobody knows any more; what it said counts
         return self._status
 
+    @override
     def kill(self) -> None:
-        """End it with all that it started, at once."""
         while self.status() is None and not self._server.gone:
             with suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)  # the server ends the rest of its group
@@ -95,7 +103,7 @@ def _fork(request: dict[str, Any], channel: int) -> tuple[ForkServer, int]:
         return server, server.fork(request, channel)
 
 
-class SpawnedTrial:
+class SpawnedTrial(LocalTrial):
     """A trial in a new interpreter, the first of its ranks.
 
     Args:
@@ -119,12 +127,8 @@ class SpawnedTrial:
         theirs.close()
         self.began: float | None = monotonic()
 
-    def messages(self) -> list[Message]:
-        """Return what it has said since the last time."""
-        return self.line.messages()
-
+    @override
     def status(self) -> int | None:
-        """Return its exit status, negative for a signal; None while it runs."""
         if self._process.returncode is None:
             ended = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is None:
@@ -132,15 +136,12 @@ class SpawnedTrial:
             end_group(self._process.pid)  # before its id is free: its ranks go with it
         return self._process.wait()
 
+    @override
     def kill(self) -> None:
-        """End it with all that it started, at once."""
         if self._process.returncode is None:
             end_group(self._process.pid)
             self._process.wait()
         self.line.close()
-
-
-LocalTrial = ForkedTrial | SpawnedTrial
 
 
 def start_locally(spec: TrialSpec, environment: dict[str, str], devices: int) -> LocalTrial:
