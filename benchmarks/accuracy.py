@@ -7,14 +7,14 @@ import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from statistics import mean, stdev
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from common import Batches, images, parse_arguments, quiet_trainer, top1, write_as_they_come
+from common import Batches, Classifier, images, parse_arguments, quiet_trainer, top1, write_as_they_come
 from lightning.pytorch.callbacks import Callback, ModelPruning
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +36,7 @@ BATCH_SIZE, LR = 128, 1.2e-3
 SEEDS = 4  # even so, the means of two equal contenders differ by up to 0.25 points
 SPARSITIES = (0.90, 0.95, 0.98, 0.99)
 
-Contender = Callable[["Classifier", float], list[Callback]]
+Contender = Callable[["Trained", float], list[Callback]]
 
 
 def lenet() -> nn.Module:
@@ -94,29 +94,18 @@ class Network:
 NETWORKS = {"lenet": Network(lenet, 12, 8), "resnet": Network(resnet, 4, 3)}
 
 
-class Classifier(pl.LightningModule):
-    """A classifier, as any user would write it."""
+class Trained(Classifier):
+    """A classifier whose layers can be named to Lightning's callback."""
 
     def __init__(self, network: Network) -> None:
-        super().__init__()
+        super().__init__(network.build(), partial(torch.optim.AdamW, lr=LR))
         self.network = network
-        self.net = network.build()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.net(inputs)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        inputs, labels = batch
-        return nn.functional.cross_entropy(self(inputs), labels)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=LR)
 
     def layers(self) -> list[nn.Module]:
         return [layer for layer in self.net.modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
 
 
-def model_pruning(module: Classifier, sparsity: float) -> list[Callback]:
+def model_pruning(module: Trained, sparsity: float) -> list[Callback]:
     """Lightning's callback on our ramp: its amounts add up, so each is the number of weights that are due."""
     total = sum(layer.weight.numel() for layer in module.layers())
 
@@ -133,16 +122,16 @@ def model_pruning(module: Classifier, sparsity: float) -> list[Callback]:
     ]
 
 
-def same_ramp(module: Classifier, sparsity: float) -> list[Callback]:
+def same_ramp(module: Trained, sparsity: float) -> list[Callback]:
     network = module.network
     return [IterativePruning(sparsity, begin=0, end=network.ramp_epochs / network.epochs, verbose=False)]
 
 
-def stepwise(module: Classifier, sparsity: float) -> list[Callback]:
+def stepwise(module: Trained, sparsity: float) -> list[Callback]:
     return [IterativePruning(sparsity, begin=0.1, end=0.75, interval="step", every=50, verbose=False)]
 
 
-def by_gradient(module: Classifier, sparsity: float) -> list[Callback]:
+def by_gradient(module: Trained, sparsity: float) -> list[Callback]:
     criterion = Taylor()
     return [
         IterativePruning(
@@ -151,7 +140,7 @@ def by_gradient(module: Classifier, sparsity: float) -> list[Callback]:
     ]
 
 
-def static(module: Classifier, sparsity: float, regrow: RigL | None = None) -> list[Callback]:
+def static(module: Trained, sparsity: float, regrow: RigL | None = None) -> list[Callback]:
     """Train a random mask with more weights left in small layers, from the first step on."""
     pattern = Unstructured("layer", ErdosRenyi())
     return [
@@ -168,11 +157,11 @@ def static(module: Classifier, sparsity: float, regrow: RigL | None = None) -> l
     ]
 
 
-def rigl(module: Classifier, sparsity: float) -> list[Callback]:
+def rigl(module: Trained, sparsity: float) -> list[Callback]:
     return static(module, sparsity, RigL(fraction=0.3, every=100, until=0.75))
 
 
-def two_of_four(module: Classifier, sparsity: float) -> list[Callback]:
+def two_of_four(module: Trained, sparsity: float) -> list[Callback]:
     """Prune two of each four weights that an output reads; a convolution of one channel has no four."""
     odd = [name for name, weight in module.named_parameters() if weight.ndim == 4 and weight.shape[1] % 4]
     return [
@@ -203,17 +192,17 @@ CONTENDERS: dict[str, Contender] = {
 
 def train(
     contender: Contender, sparsity: float, seed: int, data: tuple[Tensor, ...], network: Network
-) -> Classifier:
+) -> Trained:
     """Train one model; equal seeds give equal initial weights and batches to every contender."""
     train_x, train_y, _, _ = data
     torch.manual_seed(seed)
-    module = Classifier(network)
+    module = Trained(network)
     trainer = quiet_trainer(max_epochs=network.epochs, callbacks=contender(module, sparsity))
     trainer.fit(module, Batches(train_x, train_y, BATCH_SIZE, seed=seed))
     return module
 
 
-def zeros(module: Classifier) -> float:
+def zeros(module: Trained) -> float:
     """Return the share of weights that are zero, counted in the trained model."""
     weights = [layer.weight for layer in module.layers()]
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

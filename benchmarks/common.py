@@ -67,6 +67,30 @@ def top1(forward: Callable[[Tensor], Tensor], data: tuple[Tensor, ...]) -> float
     return 100 * float((outputs.argmax(1) == test_y).float().mean())
 
 
+class Classifier(pl.LightningModule):
+    """A classifier, as any user would write it.
+
+    Args:
+        net: Gives logits.
+        make_optimizer: Called with its parameters.
+    """
+
+    def __init__(self, net: nn.Module, make_optimizer: Callable[[Any], torch.optim.Optimizer]) -> None:
+        super().__init__()
+        self.net = net
+        self.make_optimizer = make_optimizer
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.net(inputs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        return nn.functional.cross_entropy(self(inputs), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.parameters())
+
+
 def quiet_trainer(**kwargs: Any) -> pl.Trainer:
     """Return a Trainer on the CPU that neither logs nor saves nor shows anything."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -8,21 +8,22 @@ when they decide.
 
 import random
 from collections.abc import Callable
+from functools import partial
 from statistics import mean, median
 from time import perf_counter
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from common import Batches, parse_arguments, quiet_trainer, write_json
+from common import Batches, Classifier, parse_arguments, quiet_trainer, write_json
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 import lightning_structopt as so
 
 STEPS, EVERY, BATCH_SIZE = 60, 10, 64
+SGD = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
 WARM_UP = 3  # steps that don't count: caches are cold
 
 
@@ -70,22 +71,6 @@ ENTRANTS: dict[str, Callable[[], list[Callback]]] = {
 }
 
 
-class Classifier(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = perceptron()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.net(inputs)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        inputs, labels = batch
-        return nn.functional.cross_entropy(self(inputs), labels)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
-
-
 class StepTimer(Callback):
     """Times whole steps, and notes how many weights are zero at the start of each."""
 
@@ -109,7 +94,7 @@ class StepTimer(Callback):
 def run(make: Callable[[], list[Callback]], data: Batches) -> tuple[float, float]:
     torch.manual_seed(0)
     timer = StepTimer()
-    quiet_trainer(max_epochs=1, callbacks=[timer, *make()]).fit(Classifier(), data)
+    quiet_trainer(max_epochs=1, callbacks=[timer, *make()]).fit(Classifier(perceptron(), SGD), data)
     return timer.times()
 
 

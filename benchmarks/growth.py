@@ -9,13 +9,14 @@ single ones are noise), those with the epochs of the small net, and seconds. In 
 so that its epochs don't count (Chen et al., 2016).
 """
 
+from functools import partial
 from statistics import mean
 from time import perf_counter
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from common import Batches, images, parse_arguments, quiet_trainer, top1, write_as_they_come
+from common import Batches, Classifier, images, parse_arguments, quiet_trainer, top1, write_as_they_come
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -26,24 +27,13 @@ BATCH_SIZE, WIDTH, FACTOR = 128, 16, 2
 Data = tuple[Tensor, ...]
 
 
-class Classifier(pl.LightningModule):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(1, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width), nn.ReLU(),
-            nn.Flatten(), nn.Linear(98 * width, 4 * width), nn.ReLU(), nn.Linear(4 * width, 10),
-        )  # fmt: skip
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.net(pictures)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        pictures, labels = batch
-        return nn.functional.cross_entropy(self(pictures), labels)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+def made(width: int) -> Classifier:
+    net = nn.Sequential(
+        nn.Conv2d(1, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width), nn.ReLU(),
+        nn.Flatten(), nn.Linear(98 * width, 4 * width), nn.ReLU(), nn.Linear(4 * width, 10),
+    )  # fmt: skip
+    return Classifier(net, partial(torch.optim.AdamW, lr=1e-3))
 
 
 class History(pl.Callback):
@@ -69,7 +59,7 @@ def run(
     width: int, data: Data, epochs: int, seed: int, *callbacks: pl.Callback
 ) -> tuple[Classifier, History]:
     torch.manual_seed(seed)
-    module, history = Classifier(width), History(data)
+    module, history = made(width), History(data)
     trainer = quiet_trainer(max_epochs=epochs, callbacks=[*callbacks, history])
     trainer.fit(module, Batches(data[0], data[1], BATCH_SIZE, seed=seed))
     return module, history
