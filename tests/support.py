@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 import torch.multiprocessing
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -66,6 +68,13 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.make_optimizer(self.parameters())
+
+
+class Sharded(Classifier):
+    """Under FSDP2, its net as a whole."""
+
+    def configure_model(self) -> None:
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
 class ManualClassifier(Classifier):
@@ -136,6 +145,18 @@ def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = 2) ->
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(_as_rank, (function, arguments, ranks, port), nprocs=ranks)
+
+
+def files_of_ranks(function: Callable[..., None]) -> Any:
+    """Return a fixture: the folder, made once for a test file, that two ranks left after ``function(rank, folder)``."""
+
+    @pytest.fixture(scope="module")
+    def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("ranks")
+        run_ranks(function, folder)
+        return folder
+
+    return root
 
 
 def _as_rank(rank: int, function: Callable[..., None], arguments: tuple, ranks: int, port: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from adaptive_nets import NETS, Adaptive, closed
 from lightning.pytorch.strategies import ModelParallelStrategy
-from support import assert_same_state, dataset, loader, run_ranks, trainer
+from support import assert_same_state, dataset, files_of_ranks, loader, trainer
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -81,11 +81,7 @@ def refuses_to_fit_thresholds() -> None:
         NETS["exits"]().fit_threshold([torch.zeros(2, 12)], 0.9)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("blocks")
-    run_ranks(ddp, root)
-    return root
+root = files_of_ranks(ddp)
 
 
 def load(root: Path, name: str, rank: int = 0) -> dict[str, Any]:

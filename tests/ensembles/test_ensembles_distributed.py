@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from nets import Regressor, classifiers, numbers
-from support import CLASSES, Classifier, adamw, assert_same_state, loader, run_ranks, trainer
+from support import CLASSES, Classifier, adamw, assert_same_state, files_of_ranks, loader, trainer
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
@@ -91,16 +91,12 @@ def fsdp(rank: int, root: Path) -> None:
     torch.save({"logged": found["logged"]}, root / f"sharded-{rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("ranks")
-    run_ranks(both, root)
-    return root
-
-
 def both(rank: int, root: Path) -> None:
     ddp(rank, root)
     fsdp(rank, root)
+
+
+root = files_of_ranks(both)
 
 
 def load(root: Path, name: str, rank: int = 0) -> dict[str, Any]:

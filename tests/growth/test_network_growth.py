@@ -13,16 +13,16 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from support import (
     Classifier,
     ManualClassifier,
+    Sharded,
     adamw,
     assert_same_state,
     dataset,
+    files_of_ranks,
     loader,
-    run_ranks,
     sgd,
     trainer,
 )
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_structopt.growth import Deepen, GrowthPlan, NetworkGrowth, Plateau, Widen, load_grown
@@ -496,11 +496,6 @@ def test_says_that_it_grew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "Epoch 1: grown from 308 to 612 parameters." in capsys.readouterr().out
 
 
-class Sharded(Classifier):
-    def configure_model(self) -> None:
-        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
-
-
 def of_two_ranks(rank: int, root: Path) -> None:
     module, callback = Classifier(adamw), growth()
     fit(root, module, callback, strategy="ddp", devices=2)
@@ -512,11 +507,7 @@ def of_two_ranks(rank: int, root: Path) -> None:
         (root / f"refused-{rank}.txt").write_text(str(error))
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("ddp")
-    run_ranks(of_two_ranks, root)
-    return root
+root = files_of_ranks(of_two_ranks)
 
 
 class TestOfTwoRanks:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_nets import Tied
 from torch import Tensor, nn
 from torchvision import models
 
@@ -263,9 +264,7 @@ def test_a_block_grows_in_what_is_within_it() -> None:
 
 def test_of_two_parts_that_together_fit_only_one_is_left_out() -> None:
     """Features of a tied embedding can't grow; the rest of the module does."""
-    from small_growing import TiedWithHidden
-
-    module, tokens = TiedWithHidden(), torch.randint(11, (2, 5))
+    module, tokens = Tied(), torch.randint(11, (2, 5))
     wide = Widen(2.0).apply(module, tokens)
     assert wide.embed.embedding_dim == 8
     assert wide.hidden.out_features == 32

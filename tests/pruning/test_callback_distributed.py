@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support import Classifier, adamw, assert_same_state, loader, run_ranks, trainer
+from support import Classifier, adamw, assert_same_state, files_of_ranks, loader, trainer
 
 from lightning_structopt.pruning import IterativePruning, Unstructured
 
@@ -40,11 +40,7 @@ def fit_twice_and_drift(rank: int, root: Path) -> None:
         (root / f"drift-{rank}.txt").write_text(str(error))
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("ddp")
-    run_ranks(fit_twice_and_drift, root)
-    return root
+root = files_of_ranks(fit_twice_and_drift)
 
 
 @pytest.mark.parametrize("name", ["global", "layer"])

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from support import Classifier, ManualClassifier, adamw, assert_same_state, loader, run_ranks, sgd, trainer
+from support import (
+    Classifier,
+    ManualClassifier,
+    adamw,
+    assert_same_state,
+    files_of_ranks,
+    loader,
+    sgd,
+    trainer,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -292,11 +301,7 @@ def sharded_exchange(kind: str, mesh: Any) -> dict[str, Tensor]:
     return {name: full(stays[name] | comes[name], parameters[name]) for name in parameters}
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("rigl")
-    run_ranks(on_ranks, root)
-    return root
+root = files_of_ranks(on_ranks)
 
 
 def test_ranks_exchange_alike(root: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from support import Classifier, adamw, assert_same_state, loader, run_ranks, trainer
+from support import Classifier, adamw, assert_same_state, files_of_ranks, loader, trainer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -105,11 +105,7 @@ def fits(rank: int, root: Path) -> None:
     sharded_masks(root)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("fsdp2")
-    run_ranks(fits, root)
-    return root
+root = files_of_ranks(fits)
 
 
 def load(root: Path, name: str, rank: int = 0) -> dict[str, Any]:

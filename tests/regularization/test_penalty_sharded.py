@@ -9,7 +9,7 @@ from least_squares import Regression, orthonormal
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from support import adamw, assert_same_state, run_ranks, trainer
+from support import adamw, assert_same_state, files_of_ranks, trainer
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -88,11 +88,7 @@ def on_a_rank(rank: int, root: Path) -> None:
     torch.save(fit(root, "freezing", "fsdp2", root / "epoch=0.ckpt"), root / f"resumed {rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("ranks")
-    run_ranks(on_a_rank, root)
-    return root
+root = files_of_ranks(on_a_rank)
 
 
 @pytest.mark.parametrize(("kind", "name"), ON_RANKS)

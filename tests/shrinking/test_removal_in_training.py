@@ -7,9 +7,18 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
-from support import Classifier, ManualClassifier, adamw, assert_same_state, loader, run_ranks, sgd, trainer
+from support import (
+    Classifier,
+    ManualClassifier,
+    Sharded,
+    adamw,
+    assert_same_state,
+    files_of_ranks,
+    loader,
+    sgd,
+    trainer,
+)
 from test_channel_pruning import Residual, images, quiet
-from torch.distributed.fsdp import fully_shard
 
 from lightning_structopt.pruning import Taylor
 from lightning_structopt.shrinking import ChannelPruning, ChannelRatio, FLOPs, load_shrunk
@@ -167,11 +176,6 @@ class TestOfCheckpoints:
             load_shrunk(Classifier, path)
 
 
-class Sharded(Classifier):
-    def configure_model(self) -> None:
-        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
-
-
 def of_two_ranks(rank: int, root: Path) -> None:
     for remove in ("end", "now"):
         module = Classifier(adamw)
@@ -192,11 +196,7 @@ def of_two_ranks(rank: int, root: Path) -> None:
         (root / f"refused-{rank}.txt").write_text(str(error))
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("ddp")
-    run_ranks(of_two_ranks, root)
-    return root
+root = files_of_ranks(of_two_ranks)
 
 
 class TestOfTwoRanks:
