@@ -2,9 +2,7 @@
 
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,22 +10,11 @@ from typing import Any
 import pytest
 from candidates_for_sweeps import Hangs, Killed, LeavesAChild, Raises, gone
 from support import Classifier, loader
-from test_sweep_interrupted import Announces, announced, fifo, wait_gone
+from test_sweep_interrupted import Announces, announced, drive, fifo, wait_gone
 
 from lightning_structopt.sweep import ArchitectureSweep, FixedRounds, RayCluster, SweepResult
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
-HERE = Path(__file__).parent
-SCRIPT = """
-    import sys
-    from pathlib import Path
-    sys.path[:0] = [{here!r}, {tests!r}]
-    from support import loader
-    from test_cluster import announcing
-
-    if __name__ == "__main__":
-        announcing(Path({folder!r}), {address!r}).run(loader(), loader())
-"""
 
 
 @pytest.fixture(scope="module")
@@ -103,19 +90,11 @@ def announcing(folder: Path, address: str) -> ArchitectureSweep:
 @pytest.mark.parametrize("with_signal", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
 def test_a_driver_that_dies_leaves_no_orphan(with_signal: int, address: str, tmp_path: Path) -> None:
     pipe = fifo(tmp_path / "run")
-    text = SCRIPT.format(
-        here=str(HERE), tests=str(HERE.parent), folder=str(tmp_path / "run"), address=address
-    )
-    (tmp_path / "drive.py").write_text(textwrap.dedent(text))
-    driver = subprocess.Popen(
-        [sys.executable, str(tmp_path / "drive.py")],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    arguments = f"Path({str(tmp_path / 'run')!r}), {address!r}"
+    driver = drive(tmp_path / "drive.py", "test_cluster", "announcing", arguments, "loader(), loader()")
     trial = announced(pipe)
     os.kill(driver.pid, with_signal)
-    assert driver.wait() != 0
+    assert driver.wait(timeout=60) != 0
     wait_gone(trial)
     pipe.unlink()
     result = announcing(tmp_path / "run", address).run(loader(), loader())

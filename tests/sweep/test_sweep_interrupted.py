@@ -16,14 +16,16 @@ from lightning_structopt.sweep import ArchitectureSweep, FixedRounds, InProcess,
 
 HERE = Path(__file__).parent
 SCRIPT = """
-    import os, sys
+    import signal, sys
     from pathlib import Path
     sys.path[:0] = [{here!r}, {tests!r}]
-    from support import Classifier, loader
-    from test_sweep_interrupted import Announces, make_sweep
+    from support import loader
+    from {module} import {sweep}
 
     if __name__ == "__main__":
-        make_sweep(Path({directory!r}), Path({pipe!r}), {epoch}).run(loader(shuffle=True, generator=None), loader())
+        # A shell without job control lets its background jobs ignore Ctrl-C, and what they start inherits that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        {sweep}({arguments}).run({loaders})
 """
 
 
@@ -59,13 +61,19 @@ def fifo(folder: Path) -> Path:
     return folder / "pipe"
 
 
-def drive(folder: Path, pipe: Path, epoch: int) -> subprocess.Popen:
+def drive(script: Path, module: str, sweep: str, arguments: str, loaders: str) -> subprocess.Popen:
+    """Start a process that runs the sweep which the function ``sweep`` of a test file returns."""
     text = SCRIPT.format(
-        here=str(HERE), tests=str(HERE.parent), directory=str(folder / "sweep"), pipe=str(pipe), epoch=epoch
+        here=str(HERE),
+        tests=str(HERE.parent),
+        module=module,
+        sweep=sweep,
+        arguments=arguments,
+        loaders=loaders,
     )
-    (folder / "drive.py").write_text(textwrap.dedent(text))
+    script.write_text(textwrap.dedent(text))
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen([sys.executable, str(folder / "drive.py")], start_new_session=True, **quiet)
+    return subprocess.Popen([sys.executable, str(script)], start_new_session=True, **quiet)
 
 
 def announced(pipe: Path) -> int:
@@ -107,12 +115,15 @@ def test_a_driver_that_dies_leaves_no_orphan_and_loses_nothing(
     epoch: int, with_signal: int, undisturbed: SweepResult, tmp_path: Path
 ) -> None:
     pipe = fifo(tmp_path / "run")
-    driver = drive(tmp_path / "run", pipe, epoch)
+    folder = tmp_path / "run"
+    arguments = f"Path({str(folder / 'sweep')!r}), Path({str(pipe)!r}), {epoch}"
+    loaders = "loader(shuffle=True, generator=None), loader()"
+    driver = drive(folder / "drive.py", "test_sweep_interrupted", "make_sweep", arguments, loaders)
     trial = announced(pipe)
     with pytest.raises(ValueError, match=f"One process may run .* Found that process {driver.pid} does"):
         make_sweep(tmp_path / "run" / "sweep", pipe, epoch).run(loader(), loader())
     os.kill(driver.pid, with_signal)
-    driver.wait()
+    driver.wait(timeout=60)
     wait_gone(trial)
     assert driver.returncode != 0
     pipe.unlink()
