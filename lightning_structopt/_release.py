@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
 
 def release(callback: Any) -> None:
     """Remove what Lightning attached to ``callback``: bound methods that would keep the module in memory.
@@ -27,3 +30,23 @@ class LetsGo:
     def _let_go(self) -> None:
         """Forget the module, its optimizers and whatever watches them."""
         release(self)
+
+
+class HearsLoading(LetsGo):
+    """Likewise, for a callback that listens to a module loading its weights, from ``setup`` until the fit starts."""
+
+    _handle: RemovableHandle | None = None
+
+    def _listen(self, handle: RemovableHandle) -> None:
+        self._stop_listening()
+        self._handle = handle
+
+    def _stop_listening(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    @override
+    def _let_go(self) -> None:
+        self._stop_listening()
+        super()._let_go()

@@ -13,7 +13,7 @@ from rich import print as rich_print
 from typing_extensions import override
 
 from lightning_structopt._checks import require_lightning, require_type, require_whole
-from lightning_structopt._release import LetsGo
+from lightning_structopt._release import HearsLoading
 from lightning_structopt.growth.host import (
     count_of,
     grow_on_load,
@@ -31,7 +31,7 @@ from lightning_structopt.shrinking.host import change_during_fit
 from lightning_structopt.shrinking.saved_plan import class_name
 
 
-class NetworkGrowth(LetsGo, Callback):
+class NetworkGrowth(HearsLoading, Callback):
     """Makes the module wider or deeper while it trains, with its function kept, and trains on.
 
     It grows at the start of an epoch, once a metric has reached a plateau or at given epochs. Optimizers go on with
@@ -90,7 +90,6 @@ class NetworkGrowth(LetsGo, Callback):
         self.verbose = verbose
         self._state: dict[str, Any] = {}  # plain data, no reference to a module
         self._from_checkpoint = self._rehearsed = self._validated = False
-        self._handle: Any = None
 
     @property
     def plan(self) -> GrowthPlan | None:
@@ -107,8 +106,7 @@ class NetworkGrowth(LetsGo, Callback):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         require_lightning("NetworkGrowth", trainer, pl_module)
         self._from_checkpoint = False
-        self._stop_listening()
-        self._handle = grow_on_load(trainer, pl_module)
+        self._listen(grow_on_load(trainer, pl_module))
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -244,16 +242,6 @@ class NetworkGrowth(LetsGo, Callback):
         }
         if self.verbose and trainer.is_global_zero:
             rich_print(f"Epoch {trainer.current_epoch}: grown from {before:,} to {after:,} parameters.")
-
-    def _stop_listening(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    @override
-    def _let_go(self) -> None:
-        self._stop_listening()
-        super()._let_go()
 
 
 def _epochs(when: Sequence[int]) -> list[int]:

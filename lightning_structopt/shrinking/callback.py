@@ -20,7 +20,7 @@ from lightning_structopt._checks import (
     require_type,
     require_whole,
 )
-from lightning_structopt._release import LetsGo
+from lightning_structopt._release import HearsLoading
 from lightning_structopt.pruning import CubicRamp, IterativePruning, Magnitude
 from lightning_structopt.pruning.clock import Clock
 from lightning_structopt.pruning.criteria import Criterion
@@ -45,7 +45,7 @@ from lightning_structopt.shrinking.targets import Latency, Target
 from lightning_structopt.shrinking.timing import warn_if_missed
 
 
-class ChannelPruning(LetsGo, Callback):
+class ChannelPruning(HearsLoading, Callback):
     r"""Takes whole channels, heads and neurons away while the model trains, so that it becomes smaller and faster.
 
     Channels are chosen as groups: what depends on each other (the rows that make a channel, its norm, the columns
@@ -148,7 +148,6 @@ class ChannelPruning(LetsGo, Callback):
         self._outcome: dict[str, Any] = {}
         self._from_checkpoint = self._started = False
         self._run: ChannelRun | None = None
-        self._handle: Any = None
         self._moment: int | None = None
 
     @property
@@ -166,8 +165,7 @@ class ChannelPruning(LetsGo, Callback):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         require_lightning("ChannelPruning", trainer, pl_module)
         self._from_checkpoint = False
-        self._stop_listening()
-        self._handle = shrink_on_load(trainer, pl_module)
+        self._listen(shrink_on_load(trainer, pl_module))
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -330,11 +328,6 @@ class ChannelPruning(LetsGo, Callback):
             when: dict[str, Any] = {"on_step": on_step, "on_epoch": not on_step, "sync_dist": not on_step}
             pl_module.log("pruning/left", self.left, prog_bar=on_step, **when)
 
-    def _stop_listening(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
     @override
     def _let_go(self) -> None:
         """Keep what there is as plain data, and forget the module and its optimizers."""
@@ -342,5 +335,4 @@ class ChannelPruning(LetsGo, Callback):
         if self._run is not None:
             self._run.detach()
             self._run = None
-        self._stop_listening()
         super()._let_go()
