@@ -351,7 +351,6 @@ def sharded_fingerprint(rank: int, directory: Path) -> None:
     cache.put(ids, {"logits": ids[:, None].float()})
     dist.barrier()
     assert torch.equal(cache.get(torch.arange(10))["logits"].flatten(), torch.arange(10.0))
-    dist.destroy_process_group()
 
 
 def test_ranks_share_a_cache_and_know_a_sharded_teacher(tmp_path: Path) -> None:
