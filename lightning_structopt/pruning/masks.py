@@ -123,15 +123,29 @@ class MaskSet:
     @torch.no_grad()
     def apply_to_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Forget what ``optimizer`` remembers of pruned weights: zero momentum, and neutral second moments."""
+        for key, value, factor in self._remembered(optimizer):
+            if key in _SECOND_MOMENTS and value.device.type == "cpu":
+                value.masked_fill_(factor == 0, 1.0)
+            else:
+                value.mul_(factor)
+
+    @torch.no_grad()
+    def remembered_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Tell whether ``optimizer`` has momentum that would move a pruned weight."""
+        return any(
+            bool(value.masked_fill(factor != 0, 0).any())
+            for key, value, factor in self._remembered(optimizer)
+            if key not in _SECOND_MOMENTS
+        )
+
+    def _remembered(self, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield what ``optimizer`` remembers of each weight, by its key in the state, with the weights' factor."""
         factors = self._factor_of()
         for parameter, state in optimizer.state.items():
             factor = factors.get(id(parameter))
             for key, value in state.items():
                 if factor is not None and isinstance(value, Tensor) and value.shape == parameter.shape:
-                    if key in _SECOND_MOMENTS and parameter.device.type == "cpu":
-                        local(value).masked_fill_(factor == 0, 1.0)
-                    else:
-                        local(value).mul_(factor)
+                    yield key, local(value), factor
 
     @torch.no_grad()
     def refresh_state(self, optimizer: torch.optim.Optimizer) -> None:

@@ -132,6 +132,16 @@ def test_killed_while_an_average_is_kept(tmp_path: Path) -> None:
     assert_same_end(straight, resumed, one, other)
 
 
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
+def test_killed_without_clipping_and_resumed_with_it(tmp_path: Path, optimizer: Any) -> None:
+    """What optimizers remember of dead weights, whose gradients weren't masked, doesn't move them."""
+    sparse = {"begin": 0.0, "end": 0.1, "interval": "step"}
+    run(tmp_path, Classifier(optimizer), pruning(**sparse), loader(), Kill(at=9))
+    module = Classifier(optimizer)
+    run(tmp_path, module, pruning(**sparse), loader(), ckpt=tmp_path / "last.ckpt", gradient_clip_val=1.0)
+    assert zeros(module) == round(0.85 * WEIGHTS)
+
+
 def test_checkpoints_keep_the_users_keys_and_load_into_the_plain_class(tmp_path: Path) -> None:
     run(tmp_path, Classifier(), pruning(), loader())
     plain = Classifier()

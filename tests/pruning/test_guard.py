@@ -84,6 +84,25 @@ def test_second_moments_of_dead_weights_never_come_near_zero(name: str, settings
         assert not layer.weight[~mask].any()
 
 
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda value: str(value))
+def test_masked_gradients_after_others_do_not_revive(name: str, settings: dict) -> None:
+    """Gradients that weren't masked, of steps before or of another run, have left momentum to dead weights."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5, bias=False)
+    optimizer = getattr(torch.optim, name)(layer.parameters(), **settings)
+    masks = MaskSet({"weight": layer.weight})
+    masks.update({"weight": torch.rand(5, 6) > 0.5})
+    guard = ZeroGuard(masks)
+    guard.attach([optimizer])
+    for masked in (False, False, True, True, False, True, True):
+        optimizer.zero_grad()
+        (layer(torch.randn(4, 6)) ** 2).sum().backward()
+        if masked:
+            guard.mask_gradients(optimizer)
+        optimizer.step()
+        assert torch.equal(layer.weight != 0, masks.masks()["weight"])
+
+
 def test_gradients_changed_after_masking_do_not_revive() -> None:
     layer = nn.Linear(6, 5, bias=False)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
