@@ -21,6 +21,7 @@ from lightning_structopt._checks import (
     require_whole,
 )
 from lightning_structopt._release import HearsLoading
+from lightning_structopt._stand_ins import original_of
 from lightning_structopt.pruning import CubicRamp, IterativePruning, Magnitude
 from lightning_structopt.pruning.clock import Clock
 from lightning_structopt.pruning.criteria import Criterion
@@ -220,7 +221,7 @@ class ChannelPruning(HearsLoading, Callback):
         run, plan = self._run, self.plan
         if self.remove != "end" or run is None or plan is None:
             return
-        self.shrunk = plan.apply(pl_module)
+        self.shrunk = plan.apply(original_of(pl_module))
         if self._tells(trainer):
             both = (pl_module, self.shrunk)
             self._tell(savings(both, run.flops, run.structure.inputs, trainer.strategy.root_device))

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from torch import nn
 from typing_extensions import Self
 
+from lightning_structopt._stand_ins import original_of
+
 VERSION = 1
 
 
@@ -83,5 +85,6 @@ class SavedPlan(ABC):
 
 
 def class_name(module: nn.Module) -> str:
-    """Return the full name of a module's class."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    """Return the full name of a module's class; of the module that it stands in for, if it does."""
+    kind = type(original_of(module))
+    return f"{kind.__module__}.{kind.__qualname__}"
