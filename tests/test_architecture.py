@@ -9,8 +9,6 @@ PACKAGE = Path(__file__).parents[1] / "lightning_structopt"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What even the ground floor stands on.
 GROUND = {
-    "_checks", "_devices", "_dtensors", "_horizon", "_precision", "_rates", "_release", "_stand_ins", "_undisturbed"
-}  # fmt: skip
     "_checks",
     "_devices",
     "_dtensors",
