@@ -5,7 +5,9 @@
 nets: a dense net against convolutional ones. depth: residual and plain nets from 8 to 56 layers, with the gradient of
 the first layer against that of the last before training. gates: blocks that run for half of the images, exits: stages
 that run until a head is sure, and routed: one of four experts, each against the same net that runs all of it. Times are
-of passes in evaluation, the entrants in turn; those of single images go over 64 different ones.
+of passes in evaluation, the entrants in turn; those of single images go over 64 different ones. gates also has
+untrained nets of three sizes in which the gates' biases let exactly every other block run: they show how large a block
+must be for its gate to be worth its time on a single image.
 """
 
 import random
@@ -175,7 +177,34 @@ def residual_net(gated: bool, widths: tuple[int, int]) -> nn.Module:
     return nn.Sequential(*parts, head(last))
 
 
+def every_other(widths: tuple[int, int]) -> nn.Module:
+    """Return a net whose gates let every other block run, whatever comes: untrained, for latency alone."""
+    net = residual_net(True, widths).eval()
+    for index, each in enumerate(adaptive_blocks(net).values()):
+        assert isinstance(each, GatedBlock)
+        assert isinstance(each.gate, Gate)
+        nn.init.constant_(each.gate.net[2].bias, 1e3 * (-1) ** index)
+    return net
+
+
 def part_gates(data: Data, epochs: int, rounds: int, fast: bool) -> Rows:
+    yield from gates_trained(data, epochs, rounds, fast)
+    # What a gate takes for one image does not depend on what it skips: small blocks gain little by being skipped.
+    for widths in ((8, 16),) if fast else ((24, 48), (48, 96), (96, 192)):
+        nets = {"all": residual_net(False, widths).eval(), "every other": every_other(widths)}
+        times = race(nets, data, rounds)
+        for name, net in nets.items():
+            yield {
+                "entrant": f"{name}, widths {widths[0]} and {widths[1]}, untrained",
+                "parameters": sum(parameter.numel() for parameter in net.parameters()),
+                "executed": executed(net, data[2][:64]),
+                **times[name],
+                "ratio_64": times[name]["ms_64"] / times["all"]["ms_64"],
+                "ratio_1": times[name]["ms_1"] / times["all"]["ms_1"],
+            }
+
+
+def gates_trained(data: Data, epochs: int, rounds: int, fast: bool) -> Rows:
     widths = (8, 16) if fast else (24, 48)
     nets = {"all blocks": trained(lambda: residual_net(False, widths), data, epochs)}
     for target in (0.5,) if fast else (0.5, 0.4, 0.3):

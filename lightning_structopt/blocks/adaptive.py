@@ -39,7 +39,7 @@ class Passes:
         self.waiting: list[Pass] = []
         self.collected = False
         self.missed = False  # whether there was something to tell that can't be told any more
-        self.executed: Tensor | None = None
+        self.executed: Tensor | float | None = None
 
     def add(self, entry: Pass, output: Tensor) -> None:
         """Keep ``entry``, after a collection in place of what was collected, until ``output`` is done with."""
@@ -104,7 +104,9 @@ class AdaptiveBlock(nn.Module, ABC):
         In training all of it runs for the sake of gradients, and this is the share that counted.
         """
         executed = self._passes.executed
-        return float("nan") if executed is None else float(executed.float().mean())
+        if isinstance(executed, Tensor):
+            return float(executed.float().mean())
+        return float("nan") if executed is None else executed
 
     @abstractmethod
     def expected_cost(self, inputs: Tensor) -> Tensor:
@@ -116,7 +118,9 @@ class AdaptiveBlock(nn.Module, ABC):
 
     # Hooks and lists are none of a compiled graph's business: it breaks here, after the block's own work.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _remember(self, executed: Tensor, output: Tensor | None = None, entry: Pass | None = None) -> None:
+    def _remember(
+        self, executed: Tensor | float, output: Tensor | None = None, entry: Pass | None = None
+    ) -> None:
         """Keep what a pass did, and in training what it adds to the loss until backward has gone through it.
 
         Args:
@@ -126,7 +130,7 @@ class AdaptiveBlock(nn.Module, ABC):
         """
         if needs_dense_form():
             return
-        self._passes.executed = executed.detach()
+        self._passes.executed = executed.detach() if isinstance(executed, Tensor) else executed
         if entry is None or output is None or in_backward():
             return
         if torch.is_grad_enabled():

@@ -206,7 +206,7 @@ class AdaptiveComputationUnit(AdaptiveBlock):
             output = output.index_add(0, left, (over_rows(weight, now) * now).to(output.dtype))
             left, now, done = left[stays], now[stays], done[stays]
             inputs = inputs[stays] if recurrent else inputs
-        self._remember(torch.tensor(taken / max(1, len(output)) / self.max_steps))
+        self._remember(taken / max(1, len(output)) / self.max_steps)
         return output
 
     def _decide(self, done: Tensor, halt: Tensor, last: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -84,7 +84,7 @@ class EarlyExit(AdaptiveBlock):
             outputs = self._every_exit(inputs)
             self._remember(torch.ones(()))
             return self._first_sure(outputs)
-        return self._until_sure(inputs)
+        return self._alone(inputs) if len(inputs) == 1 and not has_shards(self) else self._until_sure(inputs)
 
     def loss(
         self,
@@ -194,6 +194,17 @@ class EarlyExit(AdaptiveBlock):
         order = torch.cat(where).argsort()
         self._remember(executed / max(1, len(order)))
         return torch.cat(parts)[order]
+
+    def _alone(self, inputs: Tensor) -> Tensor:
+        """Run a single sample, of which there are no rows to choose."""
+        last = len(self.heads) - 1
+        for index, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
+            inputs = stage(inputs)
+            logits: Tensor = head(inputs)
+            if index == last or bool(self._confidence(logits) >= self.threshold):
+                break
+        self._remember(self.costs[: index + 1].sum())
+        return logits
 
     def _confidence(self, logits: Tensor) -> Tensor:
         logs = widened(logits).log_softmax(-1)

@@ -34,10 +34,8 @@ class ExecutionMeter:
         for index, block in enumerate(adaptive_blocks(module).values()):
             executed = block._passes.executed
             if executed is not None:
-                self.sums[index] += torch.stack([
-                    executed.to(self.sums).mean() * rows,
-                    self.sums.new_tensor(rows),
-                ])
+                share = torch.as_tensor(executed).to(self.sums).mean()
+                self.sums[index] += torch.stack([share * rows, self.sums.new_tensor(rows)])
 
     def fractions(self, sums: Tensor | None = None) -> dict[str, float]:
         """Return the mean of each block that ran.

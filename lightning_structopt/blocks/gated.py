@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt._checks import require_in, require_type
+from lightning_structopt._precision import widened
 from lightning_structopt.blocks.activations import Activation, activation_module
 from lightning_structopt.blocks.adaptive import AdaptiveBlock, Pass, flops_per_row, in_backward
 from lightning_structopt.blocks.gates import GateBudget, Relaxation, StraightThrough
 from lightning_structopt.blocks.residual import ResidualBlock
-from lightning_structopt.blocks.rows import as_logits, has_shards, over_rows, require_same_shape
+from lightning_structopt.blocks.rows import as_logits, has_shards, one_a_sample, over_rows, require_same_shape
 
 
 class GatedBlock(AdaptiveBlock):
@@ -99,14 +100,17 @@ class GatedBlock(AdaptiveBlock):
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:
-        logits = self._logits(inputs)
+        logits = one_a_sample("GatedBlock", self.gate(inputs), inputs)
         around = self.shortcut(inputs)
         if self.training:
-            return self._train(inputs, around, logits)
-        opened = logits >= 0
-        run = self._all if self._runs_dense else self._some
-        total = run(inputs, around, opened)
-        self._remember(opened)
+            return self._train(inputs, around, widened(logits))
+        if not self._runs_dense and len(logits) == 1:
+            total = self._one(inputs, around, logits)
+        else:
+            opened = logits >= 0
+            run = self._all if self._runs_dense else self._some
+            total = run(inputs, around, opened)
+            self._remember(opened)
         output: Tensor = self.activation(total)
         return output
 
@@ -121,14 +125,12 @@ class GatedBlock(AdaptiveBlock):
             Of shape (batch,), with gradients for the gate.
         """
         always = flops_per_row(self.gate, inputs) + flops_per_row(self.shortcut, inputs)
-        return always + torch.sigmoid(self._logits(inputs)) * flops_per_row(self.body, inputs)
+        logits = as_logits("GatedBlock", self.gate(inputs), inputs)
+        return always + torch.sigmoid(logits) * flops_per_row(self.body, inputs)
 
     @override
     def extra_repr(self) -> str:
         return f"relaxation={self.relaxation!r}, budget={self.budget!r}, cost={self.cost!r}"
-
-    def _logits(self, inputs: Tensor) -> Tensor:
-        return as_logits("GatedBlock", self.gate(inputs), inputs)
 
     def _train(self, inputs: Tensor, around: Tensor, logits: Tensor) -> Tensor:
         gates = self.relaxation(logits, self._count())
@@ -155,6 +157,14 @@ class GatedBlock(AdaptiveBlock):
         through: Tensor = self.body(inputs)
         require_same_shape("GatedBlock", through, around)
         return around + through
+
+    def _one(self, inputs: Tensor, around: Tensor, logits: Tensor) -> Tensor:
+        """Decide about a single sample in Python: operators on one number take as long as a small body."""
+        opened = logits.item() >= 0  # waits for the device
+        self._passes.executed = float(opened)
+        if opened:
+            return self._plain(inputs, around)
+        return self._some(inputs, around, logits >= 0) if has_shards(self.body) else around
 
     def _some(self, inputs: Tensor, around: Tensor, opened: Tensor) -> Tensor:
         rows = opened.nonzero()[:, 0]

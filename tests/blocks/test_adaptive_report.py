@@ -25,9 +25,10 @@ def open_by_hand(module: Adaptive, data: DataLoader) -> float:
     return (logits >= 0).float().mean().item()
 
 
-def test_validation_is_the_mean_over_samples(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_size", [8, 1])
+def test_validation_is_the_mean_over_samples(batch_size: int, tmp_path: Path) -> None:
     module, report = Adaptive("gated"), AdaptiveReport(verbose=False)
-    data = DataLoader(dataset(21), batch_size=8)  # the last batch has 5
+    data = DataLoader(dataset(21), batch_size)  # of 8, the last has 5
     nn.init.normal_(module.net[1].gate.net[2].weight, std=2.0)
     run = trainer(tmp_path, report)
     run.fit(module, loader(), data)

@@ -81,6 +81,18 @@ def test_skips_for_real_and_gives_what_the_dense_form_gives(batch: int) -> None:
     torch.testing.assert_close(expected, torch.relu(inputs + mask * gated.body(inputs)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("logit", [-3.0, -1e-9, 0.0, 3.0, float("nan")])
+@pytest.mark.parametrize("shape", [(1,), (1, 1)], ids=str)
+def test_a_single_sample_is_decided_as_in_a_batch(logit: float, shape: tuple[int, ...]) -> None:
+    given = torch.full(shape, logit)
+    gated = GatedBlock(convolutions(3, 5), Gate(3), projection(3, 5), activation="relu").eval()
+    gated.gate.forward = lambda inputs: given.expand(len(inputs), *shape[1:])
+    image = torch.randn(1, 3, 6, 6)
+    torch.testing.assert_close(gated(image), gated(image.expand(2, -1, -1, -1))[:1], rtol=1e-5, atol=1e-6)
+    gated(image)
+    assert gated.executed_fraction == float(logit >= 0)
+
+
 def test_a_logit_of_zero_is_open() -> None:
     gated = GatedBlock(nn.Linear(2, 2), Fixed(0.0, -1e-9)).eval()
     gated(torch.ones(2, 2))
@@ -180,6 +192,39 @@ def test_gate_pools_all_but_its_channels(dim: int) -> None:
     means = inputs.mean(2 if dim == 1 else 1)
     torch.testing.assert_close(gate(inputs), gate.net(means)[:, 0])
     torch.testing.assert_close(torch.sigmoid(gate(inputs)).mean().item(), 0.85, rtol=0.05, atol=0.0)
+
+
+class Double(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def doubled(part: nn.Module, *given: Any) -> Any:
+    return 2 * given[-1] if isinstance(given[-1], Tensor) else (2 * given[-1][0],)
+
+
+CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
+    "nothing": lambda net: None,
+    "hook of a layer": lambda net: net[0].register_forward_hook(doubled),
+    "hook before the last": lambda net: net[2].register_forward_pre_hook(doubled),
+    "hook of the activation": lambda net: net[1].register_forward_hook(doubled),
+    "hook of all": lambda net: net.register_forward_hook(doubled),
+    "parametrization": lambda net: nn.utils.parametrize.register_parametrization(net[0], "weight", Double()),
+    "another layer": lambda net: net.__setitem__(0, nn.Sequential(net[0], nn.Tanh())),
+    "another activation": lambda net: net.__setitem__(1, nn.Tanh()),
+    "one more layer": lambda net: net.append(nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("batch", [1, 5])
+def test_gate_is_its_layers_in_evaluation_too(change: str, batch: int) -> None:
+    gate = Gate(4)
+    nn.init.normal_(gate.net[2].weight)
+    CHANGES[change](gate.net)
+    inputs = torch.randn(batch, 4)
+    training = gate(inputs)
+    torch.testing.assert_close(gate.eval()(inputs), training, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -44,14 +44,15 @@ def by_loop(block: RoutedBlock, rows: Tensor, limit: float = math.inf) -> tuple[
 @pytest.mark.parametrize("top_k", [1, 2, EXPERTS])
 @pytest.mark.parametrize("capacity", [0.3, 1.0, None])
 @pytest.mark.parametrize("training", [True, False])
-def test_equals_a_literal_loop(top_k: int, capacity: float | None, training: bool) -> None:
+@pytest.mark.parametrize("count", [11, 1])
+def test_equals_a_literal_loop(top_k: int, capacity: float | None, training: bool, count: int) -> None:
     block = routed(top_k, capacity=capacity).train(training)
-    rows = torch.randn(11, FEATURES)
+    rows = torch.randn(count, FEATURES)
     bounded = training and capacity is not None
-    limit = math.ceil(capacity * top_k * 11 / EXPERTS) if bounded else math.inf
+    limit = math.ceil(capacity * top_k * count / EXPERTS) if bounded else math.inf
     expected, done = by_loop(block, rows, limit)
     torch.testing.assert_close(block(rows), expected, rtol=1e-4, atol=1e-5)
-    assert block.executed_fraction == pytest.approx(done / (11 * EXPERTS))
+    assert block.executed_fraction == pytest.approx(done / (count * EXPERTS))
     with dense(block):
         torch.testing.assert_close(block(rows), expected, rtol=1e-4, atol=1e-5)
 
