@@ -72,10 +72,10 @@ class Classifier(pl.LightningModule):
 class Pipeline:
     """One seed's way from the library to the small network; each step is on disk before the next begins."""
 
-    def __init__(
-        self, data: str, folder: Path, seed: int, epochs: int, keep: float, console: Console
-    ) -> None:
-        self.folder, self.seed, self.epochs, self.keep, self.console = folder, seed, epochs, keep, console
+    def __init__(self, arguments: argparse.Namespace, folder: Path, seed: int, console: Console) -> None:
+        self.folder, self.seed, self.console = folder, seed, console
+        self.fast, self.keep = arguments.fast, arguments.keep
+        self.epochs = 1 if self.fast else arguments.epochs
         train_x, train_y, test_x, test_y = load(arguments.data)
         self.example, size = train_x[:2], 64 if len(train_x) < 10_000 else 128
         everything = TensorDataset(train_x, train_y)
