@@ -1,5 +1,8 @@
 """Structural optimization for PyTorch Lightning: make a model smaller, faster or better."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from lightning_structopt.blocks import (
     LSUV,
     MLP,
@@ -148,26 +151,28 @@ from lightning_structopt.shrinking import (
     prune_channels,
     shrink,
 )
-from lightning_structopt.sweep import (
-    AllFailedError,
-    ArchitectureSweep,
-    AsynchronousHalving,
-    Budget,
-    Candidate,
-    Constraint,
-    Executor,
-    FixedRounds,
-    Hyperband,
-    InProcess,
-    LocalProcesses,
-    MaxFLOPs,
-    MaxLatency,
-    MaxParameters,
-    RayCluster,
-    SearchSpace,
-    SuccessiveHalving,
-    SweepResult,
-)
+
+if TYPE_CHECKING:  # Optuna, on which sweeps stand, loads on use
+    from lightning_structopt.sweep import (
+        AllFailedError,
+        ArchitectureSweep,
+        AsynchronousHalving,
+        Budget,
+        Candidate,
+        Constraint,
+        Executor,
+        FixedRounds,
+        Hyperband,
+        InProcess,
+        LocalProcesses,
+        MaxFLOPs,
+        MaxLatency,
+        MaxParameters,
+        RayCluster,
+        SearchSpace,
+        SuccessiveHalving,
+        SweepResult,
+    )
 
 __version__ = "0.1.0.dev0"
 
@@ -331,3 +336,15 @@ __all__ = [
     "weights_by_metric",
     "widen",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module("lightning_structopt.sweep"), name)
+    globals()[name] = value  # the next time it is found at once
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

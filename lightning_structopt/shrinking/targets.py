@@ -7,11 +7,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_structopt._checks import require_in
+from lightning_structopt.profiling.bounds import MaxBytes as Bound
 from lightning_structopt.shrinking.costs import Cost, flop_count, parameter_count, size_count
 from lightning_structopt.shrinking.groups import ChannelGroup
 from lightning_structopt.shrinking.structure import Structure
 from lightning_structopt.shrinking.timing import milliseconds
-from lightning_structopt.sweep.constraints import MaxBytes as Bound
 
 
 class Target(ABC):
