@@ -109,7 +109,20 @@ def test_profile_takes_a_shape(run: Run, capsys: pytest.CaptureFixture[str]) -> 
     assert "19,658" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["lottery_ticket", "channels"])
+def test_a_language_model_is_trained_and_distilled(run: Run) -> None:
+    import text
+
+    short = (*QUICK, "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--data.limit=20000")
+    small = ("--model.width=16", "--model.layers=1")
+    assert run("fit", "language_model", *short, *small) == 0
+    teacher = ("--teacher.init_args.width=16", "--teacher.init_args.layers=1")
+    more = ("--trainer.limit_train_batches=2", "--data.init_args.limit=20000")
+    assert run("distill", "distill_language_model", *QUICK, *more, *teacher) == 0
+    student = text.ByteModel.load_from_checkpoint("runs/language_model/student.ckpt")
+    assert student.hparams.width == 32
+
+
+@pytest.mark.parametrize("name", ["lottery_ticket", "channels", "grow", "adaptive", "ensemble"])
 def test_other_configurations_fit(run: Run, name: str) -> None:
     assert run("fit", name, *QUICK, "--trainer.fast_dev_run", "true") == 0
 

@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # where `data` is
 
 from data import load  # noqa: E402
 
+import lightning_structopt as so  # noqa: E402
+
 
 class Digits(pl.LightningDataModule):
     """Scikit-learn's digits, or Fashion-MNIST where it is found; a sixth of the training images is for validation."""
@@ -68,3 +70,25 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+class GatedClassifier(Classifier):
+    """Three residual blocks with a gate each, and one line for what gates add to the loss."""
+
+    def __init__(self, width: int = 16, budget: float = 0.5) -> None:
+        super().__init__(width)
+        self.save_hyperparameters()
+        self.budget = so.GateBudget(budget)
+        blocks = [so.GatedBlock(self._body(width), so.Gate(width), activation="relu") for _ in range(3)]
+        self.net = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1), *blocks,
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10),
+        )  # fmt: skip
+
+    @staticmethod
+    def _body(width: int) -> nn.Module:
+        convolution = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(width))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + so.auxiliary_loss(self, self.budget)
