@@ -13,7 +13,7 @@ import distill_language_model as example  # noqa: E402
 
 
 class Text(pl.LightningDataModule):
-    """The source of Python's standard library, or a file, with the byte that follows each; a tenth is for validation."""
+    """Python's own source, or a file, with the byte that follows each; the last tenth is for validation."""
 
     def __init__(self, path: str | None = None, limit: int = 1_000_000, batch_size: int = 32) -> None:
         super().__init__()
