@@ -1,9 +1,8 @@
 """The report of a comparison: for the terminal, for documents, for machines, and as a page."""
 
-import html
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from lightning_structopt.profiling.loggers import Content, log_content
+from lightning_structopt.profiling.page import Cell, Row, page
 from lightning_structopt.profiling.profiler import Profile
 from lightning_structopt.profiling.significance import Difference
 from lightning_structopt.profiling.tabular import Tabular, as_csv, as_markdown, written
@@ -204,14 +204,38 @@ class ComparisonReport(Tabular):
 
     def to_html(self, path: str | Path | None = None) -> str:
         """Return the report as one page that needs nothing else, and write it to ``path`` if given."""
-        header, rows = self.rows()
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-        )
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self._notes().splitlines())
-        page = _PAGE.format(head=head, body=body, notes=notes, plot=self._svg())
-        return written(page, path)
+        marks = ["failed" if e.failure else "Pareto" if e.is_pareto else "" for e in self.entries]
+        models = [(entry.name, mark) for entry, mark in zip(self.entries, marks, strict=True)]
+        quality = [
+            (name, [self._quality(entry, name) for entry in self.entries]) for name in self.reference.metrics
+        ]
+        costs = [(name, [self._cost(entry, name) for entry in self.entries]) for name in _COSTS]
+        groups: list[tuple[str, Sequence[Row]]] = [("Quality", quality), ("Cost", costs)]
+        if any(entry.training for entry in self.entries):
+            seconds = [f"{e.training.seconds:.1f}" if e.training else "" for e in self.entries]
+            groups.append(("Training", [("seconds", [(each, "", "") for each in seconds])]))
+        title = f"Against {self.reference.name}"
+        return written(page(title, models, groups, self._notes().splitlines(), self._svg()), path)
+
+    def _quality(self, entry: Entry, metric: str) -> Cell:
+        first = self.reference
+        if metric not in entry.metrics:
+            return "", "", ""
+        value, gap = entry.metrics[metric], entry.metrics[metric] - first.metrics[metric]
+        if entry is first:
+            return f"{value:.4f}", "", ""
+        _, _, against = _metric_cell(
+            entry, metric, first, starred=metric == next(iter(first.metrics))
+        ).partition(" ")
+        return f"{value:.4f}", against.strip("()"), _kind(-gap if lower_is_better(metric) else gap)
+
+    def _cost(self, entry: Entry, cost: str) -> Cell:
+        if entry.profile is None:
+            return "", "", ""
+        value, base = entry.costs[cost], self.reference.costs[cost]
+        if entry is self.reference or not base:
+            return _number(value), "", ""
+        return _number(value), f"{value / base:.2f}x", _kind(base - value)
 
     def _drawn(self) -> Any:
         """Return the plot, or None without matplotlib."""
@@ -229,16 +253,8 @@ class ComparisonReport(Tabular):
         return drawn.getvalue().partition("<svg")[2].join(["<svg", ""])
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Comparison</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .35rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; font-weight: 600; }}
-.wide {{ overflow-x: auto; }} svg {{ max-width: 40rem; height: auto; }}
-</style></head><body><h1>Comparison</h1>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
-<ul>{notes}</ul>{plot}</body></html>"""
+def _kind(gain: float) -> str:
+    return "" if gain == 0 else "better" if gain > 0 else "worse"
 
 
 def _metric_cell(entry: Entry, metric: str, first: Entry, *, starred: bool) -> str:

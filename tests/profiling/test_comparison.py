@@ -5,6 +5,9 @@ import io
 import itertools
 import json
 import random
+import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -250,10 +253,30 @@ def test_the_page_is_well_formed_and_needs_no_network(tmp_path: Path, classifier
     )
     tags = Tags()
     tags.feed(page)
-    assert tags.found.count("tr") == 3
+    assert tags.found.count("tr") == 1 + 2 + 6 + 7  # models, two groups, metrics, costs
+    assert tags.found.count("td") == 2 * (6 + 7)
     assert "svg" in tags.found
     assert "<b>" not in page
-    assert (tmp_path / "r.html").read_text().strip() == page
+    assert (tmp_path / "r.html").read_text().strip() == page.strip()
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here to look at the page with")
+def test_a_browser_shows_the_page(tmp_path: Path, classifiers: Any) -> None:
+    modules, _ = classifiers
+    models = {"fresh": modules["fresh"], "trained": modules["trained"], "broken": nn.Linear(3, 3)}
+    quick(models, loader()).to_html(tmp_path / "report.html")
+    picture = tmp_path / "report.png"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    for what in ("--dump-dom", f"--screenshot={picture}"):
+        command = [BROWSER, *options, what, (tmp_path / "report.html").as_uri()]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        if what == "--dump-dom":
+            assert re.search(r">broken<span class=\"mark\">failed</span>", shown.stdout)
+            assert "Against fresh</h1>" in shown.stdout
+    assert picture.stat().st_size > 10_000
 
 
 def test_plot(tmp_path: Path, classifiers: Any) -> None:
