@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from optuna.storages import BaseStorage
 from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_in, require_type, require_whole
@@ -21,7 +22,7 @@ from lightning_structopt.sweep.plan import Plan, require_same
 from lightning_structopt.sweep.progress import Display
 from lightning_structopt.sweep.result import SweepResult, ranked
 from lightning_structopt.sweep.space import SearchSpace
-from lightning_structopt.sweep.storage import Ledger
+from lightning_structopt.sweep.storage import Ledger, opened
 
 Candidates = (
     Mapping[str, Candidate | Callable[[], Any]] | Sequence[Candidate | Callable[[], Any]] | SearchSpace
@@ -57,8 +58,9 @@ class ArchitectureSweep:
         patience: Rounds without a better best after which the sweep ends; None for no such end.
         repeats: Seeds that each finalist is trained with; they are then ranked by the mean.
         timeout: Seconds that a rung may take before it counts as failed; None for no limit.
-        storage: Where Optuna keeps the state: ``"journal:PATH"`` or the URL of a database; by default a journal in
-            ``directory``.
+        storage: Where Optuna keeps the state: ``"journal:PATH"`` or the URL of a database. Any number of processes,
+            also on several machines, may then run this sweep at the same time and share its trials; they must all see
+            ``directory``. By default a journal in ``directory``, for one process.
         progress: Whether to show live progress.
 
     Raises:
@@ -137,20 +139,20 @@ class ArchitectureSweep:
             ValueError: If the directory holds another sweep, or another process works in it.
         """
         plan = self._plan
-        with _locked(plan.directory):
+        url = self._storage or f"journal:{plan.directory / 'journal.log'}"
+        with _locked(plan.directory, shared=self._storage is not None), opened(url) as storage:
             space = None if plan.space is None else copy.deepcopy(plan.space)  # its sampler draws
-            storage = self._storage or f"journal:{plan.directory / 'journal.log'}"
-            ledger = Ledger(storage, plan.directory.name, plan.mode, None if space is None else space.sampler)
-            if ledger.description:
-                require_same(ledger.description, plan.describe(), plan.directory)
-                if space is not None:
-                    ledger.resume(space, plan.seed)
-            else:
-                ledger.describe(plan.describe())
-            plan.write_data((data, val_dataloaders))
-            with Display(plan.monitor, self._progress) as display:
-                Driver(replace(plan, space=space), ledger, self._executor, display).run()
-            result = ranked(plan, ledger.records())
+            ledger = self._ledger(storage, space)
+            with ledger.peers.join():
+                with ledger.peers.turn():
+                    if ledger.description:
+                        require_same(ledger.description, plan.describe(), plan.directory)
+                    else:
+                        ledger.describe(plan.describe())
+                plan.write_data((data, val_dataloaders))
+                with Display(plan.monitor, self._progress) as display:
+                    Driver(replace(plan, space=space), ledger, self._executor, display).run()
+                result = ranked(plan, ledger.records())
         if result.best.score is None:
             reasons = "; ".join(f"{c.name}: {c.state}: {c.reason}" for c in result.candidates)
             raise AllFailedError(
@@ -158,6 +160,15 @@ class ArchitectureSweep:
                 f"{str(plan.directory / 'trials')!r}. Correct them and give a new directory."
             )
         return result
+
+    def _ledger(self, storage: BaseStorage, space: SearchSpace | None) -> Ledger:
+        return Ledger(
+            storage,
+            self._plan.directory.name,
+            self._plan.mode,
+            sampler=None if space is None else space.sampler,
+            shared=self._storage is not None,
+        )
 
     @override
     def __repr__(self) -> str:
@@ -185,8 +196,10 @@ def _require_rounds(patience: int | None, budget: Budget) -> None:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def _locked(directory: Path, shared: bool) -> Iterator[None]:
     """Keep other drivers out of ``directory``; the lock goes with the process, however that ends.
+
+    Drivers that share a storage let each other in.
 
     Raises:
         ValueError: If it holds something else, or another process works in it.
@@ -202,12 +215,12 @@ def _locked(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with lock.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
                 f"One process may run a sweep in {str(directory)!r} at a time. Found that process {file.read() or '?'} "
-                "does. Wait for it, or give another directory."
+                "does. Wait for it, give another directory, or give all of them one `storage`."
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -1,13 +1,12 @@
 """The loop of a sweep: starts what the budget lets start, hears what trials say, writes it down, cleans up."""
 
 import signal
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
-from lightning_structopt.sweep.budget import Decision, Standing
+from lightning_structopt.sweep.agenda import Agenda, agenda
 from lightning_structopt.sweep.callback import remove
 from lightning_structopt.sweep.executors import Executor
 from lightning_structopt.sweep.plan import Plan
@@ -16,7 +15,6 @@ from lightning_structopt.sweep.spec import Message
 from lightning_structopt.sweep.storage import Ledger, Record, RungRecord
 
 _LINGER = 20.0  # seconds that a trial may take to exit after its last word
-Job = tuple[str, int, int]  # candidate, seed, epochs
 
 
 @dataclass
@@ -24,17 +22,17 @@ class _Active:
     """A trial that runs."""
 
     record: Record
-    epochs: int
     slot: int
     process: Any
     save: Path
+    costs: Message | None = None
     curve: dict[int, float] = field(default_factory=dict)
     outcome: Message | None = None
     outcome_at: float = 0.0
 
 
 class Driver:
-    """Runs a plan to its end. Nothing that it knows is only here: the ledger has it.
+    """Runs a plan to its end, with others if there are any. Nothing that it knows is only here: the ledger has it.
 
     Args:
         plan: What to do.
@@ -45,86 +43,80 @@ class Driver:
 
     def __init__(self, plan: Plan, ledger: Ledger, executor: Executor, display: Display) -> None:
         self._plan, self._ledger, self._executor, self._display = plan, ledger, executor, display
+        self._peers = ledger.peers
         self._active: list[_Active] = []
         self._written: set[str] = set()
 
     def run(self) -> None:
-        """Go on until no trial may start any more."""
-        self._remove_leftovers()
+        """Go on until no trial may start any more, here or at another driver."""
+        with self._peers.turn():
+            self._remove_leftovers()
         try:
-            while True:
-                self._start(self._jobs())
-                if not self._active:
-                    break
-                self._executor.wait([active.process for active in self._active], self._patience())
+            while self._start():
+                if self._active:
+                    timeout = min(self._patience(), self._peers.poll)
+                    self._executor.wait([active.process for active in self._active], timeout)
+                else:
+                    sleep(self._peers.poll)
                 for active in list(self._active):
                     self._attend(active)
         finally:
-            for active in self._active:
-                active.process.kill()
-        for record in self._ledger.records():
-            if record.state == "running" and record.rungs:
-                self._ledger.finish(record.number, record.rungs[-1].score)
+            self._withdraw()
+        with self._peers.turn():
+            for record in self._ledger.records():
+                if record.state == "running" and record.rungs:
+                    self._ledger.finish(record.number, record.rungs[-1].score)
 
-    def _jobs(self) -> list[Job]:
-        """Return what may run now, those that do run included; and stop who is out."""
-        records = {(record.candidate, record.seed): record for record in self._ledger.records()}
-        plan, first = self._plan, self._plan.seed
-        standings = [self._standing(name, records.get((name, first))) for name in plan.names]
-        decision = plan.budget.decide(standings, plan.patience)
-        for index in decision.stopped:
-            self._stop(records[plan.names[index], first])
-        jobs: list[Job] = [(plan.names[index], first, epochs) for index, epochs in decision.start]
-        if jobs or plan.repeats == 1 or any(active.record.seed == first for active in self._active):
-            return jobs
-        return self._repeats(records, standings, decision)
+    def _start(self) -> bool:
+        """Start what may start in the free slots; return whether the sweep goes on."""
+        while True:
+            now = self._agenda()
+            free = sorted(set(range(self._executor.workers)) - {active.slot for active in self._active})
+            if not (now.lost or now.stopped or (now.jobs and free)):
+                return now.busy or bool(now.jobs)
+            with self._peers.turn():
+                claimed = self._claim(self._agenda(), bool(free))
+            if claimed is not None:
+                self._launch(claimed, free[0])
 
-    def _repeats(
-        self, records: dict[tuple[str, int], Record], standings: Sequence[Standing], decision: Decision
-    ) -> list[Job]:
-        """Return the finalists with each further seed that they haven't been trained with."""
-        total = self._plan.budget.total_epochs
-        finalists = [
-            name
-            for index, (name, standing) in enumerate(zip(self._plan.names, standings, strict=True))
-            if standing.at(total) is not None and index not in decision.stopped
-        ]
-        jobs = [(name, seed, total) for name in finalists for seed in self._plan.seeds[1:]]
-        return [job for job in jobs if (record := records.get(job[:2])) is None or _is_open(record)]
+    def _agenda(self) -> Agenda:
+        return agenda(self._plan, self._ledger.records(), self._peers.is_gone)
 
-    def _standing(self, name: str, record: Record | None) -> Standing:
-        target = max((a.epochs for a in self._active if a.record.candidate == name), default=0)
+    def _claim(self, now: Agenda, free: bool) -> Record | None:
+        """Write down who is out, what nobody is at any more, and what we are at next, in our turn."""
+        for lost in now.lost:
+            self._ledger.release(lost.number)
+            self._clear(lost, keep=self._checkpoint(lost))
+        for beaten in now.stopped:
+            self._ledger.stop(beaten.number)
+            self._clear(beaten, keep=None)
+        if not (now.jobs and free):
+            return None
+        name, seed, epochs = now.jobs[0]
+        record = self._known(name, seed)
         if record is None:
-            return Standing(target=target)
-        sign = 1 if self._plan.mode == "max" else -1
-        return Standing(
-            scores={rung.epochs: sign * rung.score for rung in record.rungs},
-            failed=record.state in {"failed", "refused"},
-            ended=any(rung.ended for rung in record.rungs),
-            target=target,
+            space = self._plan.space if seed == self._plan.seed else None
+            return self._ledger.begin(name, seed, epochs, space)
+        _require_checkpoint(name, self._checkpoint(record))
+        return self._ledger.claim(record, epochs)
+
+    def _launch(self, record: Record, slot: int) -> None:
+        name = record.candidate
+        if name not in self._written:
+            first = self._known(name, self._plan.seed)
+            self._plan.write_candidate(name, first.parameters if first else {})
+            self._written.add(name)
+        trainer = self._plan.trainer_of(name)
+        spec = self._plan.spec(record, record.target, self._executor.threads(trainer))
+        process = self._executor.start(spec, slot, trainer)
+        self._active.append(_Active(record, slot, process, Path(spec.save)))
+        self._display.started(
+            name, record.seed, record.rungs[-1].epochs if record.rungs else 0, record.target
         )
 
-    def _start(self, jobs: list[Job]) -> None:
-        running = {(active.record.candidate, active.record.seed) for active in self._active}
-        free = sorted(set(range(self._executor.workers)) - {active.slot for active in self._active})
-        waiting = [job for job in jobs if job[:2] not in running]
-        for slot, (name, seed, epochs) in zip(free, waiting, strict=False):
-            record = self._record(name, seed)
-            if name not in self._written:
-                self._plan.write_candidate(name, self._record(name, self._plan.seed).parameters)
-                self._written.add(name)
-            trainer = self._plan.trainer_of(name)
-            spec = self._plan.spec(record, epochs, self._executor.threads(trainer))
-            process = self._executor.start(spec, slot, trainer)
-            self._active.append(_Active(record, epochs, slot, process, Path(spec.save)))
-            self._display.started(name, seed, record.rungs[-1].epochs if record.rungs else 0, epochs)
-
-    def _record(self, name: str, seed: int) -> Record:
-        for record in self._ledger.records():
-            if (record.candidate, record.seed) == (name, seed):
-                return record
-        space = self._plan.space if seed == self._plan.seed else None
-        return self._ledger.begin(name, seed, space)
+    def _known(self, name: str, seed: int) -> Record | None:
+        found = (r for r in self._ledger.records() if (r.candidate, r.seed) == (name, seed))
+        return next(found, None)
 
     def _attend(self, active: _Active) -> None:
         """Hear one trial, and settle it if it is over."""
@@ -145,39 +137,60 @@ class Driver:
                 active.curve[message["epoch"]] = message["score"]
                 self._display.reached(record.candidate, record.seed, message["epoch"], message["score"])
             elif "costs" in message:
-                self._ledger.measured(record.number, message["costs"])
+                active.costs = message["costs"]
             else:
                 active.outcome, active.outcome_at = message, monotonic()
 
     def _settle(self, active: _Active, status: int | None) -> None:
+        """Write down what came of a trial."""
+        record = active.record
         outcome = active.outcome or {"failed": self._why(status)}
-        record, name = active.record, active.record.candidate
-        if "done" not in outcome:
-            ((kind, reason),) = outcome.items()
-            self._ledger.fail(record.number, reason, refused=kind == "refused")
-            self._clear(record, keep=None)
-            self._display.ended(name, record.seed, f"{kind}: {reason}")
-            return
-        done = outcome["done"]
+        with self._peers.turn():
+            if not self._ledger.holds(record.number):
+                note = "others have taken it over, as this driver was silent for long"
+            elif "done" in outcome:
+                note = self._advance(active, outcome["done"])
+            else:
+                note = self._fail(active, *next(iter(outcome.items())))
+        self._display.ended(record.candidate, record.seed, note)
+
+    def _advance(self, active: _Active, done: Message) -> str:
+        record, plan = active.record, self._plan
         rung = RungRecord(
             epochs=done["epochs"],
             score=done["score"],
             seconds=done["seconds"],
-            checkpoint=str(active.save.relative_to(self._plan.directory)),
+            checkpoint=str(active.save.relative_to(plan.directory)),
             ended=done["ended"],
         )
+        self._measured(active)
         self._ledger.advance(record, rung, active.curve)
-        if rung.epochs >= self._plan.budget.total_epochs:
+        if rung.epochs >= plan.budget.total_epochs:
             self._ledger.finish(record.number, rung.score)
+        else:
+            self._ledger.release(record.number)
         self._clear(record, keep=active.save)
-        self._display.ended(
-            name, record.seed, f"{self._plan.monitor} {rung.score:.4g} after {rung.epochs} epochs"
-        )
+        return f"{plan.monitor} {rung.score:.4g} after {rung.epochs} epochs"
 
-    def _stop(self, record: Record) -> None:
-        if record.state == "running":
-            self._ledger.stop(record.number)
-            self._clear(record, keep=None)
+    def _fail(self, active: _Active, kind: str, reason: str) -> str:
+        self._measured(active)
+        self._ledger.fail(active.record.number, reason, refused=kind == "refused")
+        self._clear(active.record, keep=None)
+        return f"{kind}: {reason}"
+
+    def _measured(self, active: _Active) -> None:
+        if active.costs is not None:
+            self._ledger.measured(active.record.number, active.costs)
+
+    def _withdraw(self) -> None:
+        """End what still runs, and leave it to others."""
+        for active in self._active:
+            active.process.kill()
+        if self._active:
+            with self._peers.turn():
+                for active in self._active:
+                    if self._ledger.holds(active.record.number):
+                        self._ledger.release(active.record.number)
 
     def _clear(self, record: Record, keep: Path | None) -> None:
         """Remove the checkpoints of ``record`` but one."""
@@ -187,10 +200,14 @@ class Driver:
                 remove(path)
 
     def _remove_leftovers(self) -> None:
-        """Remove what trials wrote that a driver before us has not seen the end of."""
+        """Remove what trials wrote that nobody has seen the end of."""
         for record in self._ledger.records():
-            lives = record.rungs and record.state in {"running", "finished"}
-            self._clear(record, keep=self._plan.directory / record.rungs[-1].checkpoint if lives else None)
+            if record.driver is None:  # others may be at it, or will be seen to be gone
+                lives = record.state in {"running", "finished"}
+                self._clear(record, keep=self._checkpoint(record) if lives else None)
+
+    def _checkpoint(self, record: Record) -> Path | None:
+        return self._plan.directory / record.rungs[-1].checkpoint if record.rungs else None
 
     def _deadline(self, active: _Active) -> float:
         if active.outcome is not None:
@@ -208,5 +225,14 @@ class Driver:
         return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
 
 
-def _is_open(record: Record) -> bool:
-    return record.state == "running" and not record.rungs
+def _require_checkpoint(name: str, checkpoint: Path | None) -> None:
+    """Raise unless there is what a candidate goes on from.
+
+    Raises:
+        ValueError: If there isn't.
+    """
+    if checkpoint is not None and not checkpoint.exists():
+        raise ValueError(
+            f"All drivers of a sweep must see one directory, with nothing removed. Found no {str(checkpoint)!r}, from "
+            f"which {name!r} goes on. Give every driver the same `directory`, on a file system that they share."
+        )

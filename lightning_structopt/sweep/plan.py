@@ -1,5 +1,6 @@
 """Everything a sweep was asked to do, and where each thing lies in its directory."""
 
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -132,4 +133,6 @@ def _dump(content: Any, path: Path, what: str) -> None:
             f"What goes to other processes must be picklable. Found that {what} isn't: {error}. Build what can't be "
             "pickled within the candidate's function."
         ) from error
-    path.write_bytes(pickled)
+    whole = path.with_name(f"{path.name}.{os.getpid()}.part")  # trials of other drivers may be reading
+    whole.write_bytes(pickled)
+    os.replace(whole, path)

@@ -3,15 +3,17 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from time import sleep
+from typing import Any, Literal
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_structopt.sweep.peers import NoPeers, Peers, SharedPeers
 from lightning_structopt.sweep.space import SearchSpace
 
 _STATES = {
@@ -56,6 +58,8 @@ class Record:
         costs: What was measured before training.
         parameters: What the search space drew for it.
         reason: Why it failed or was refused.
+        driver: Who is at it; None if nobody is.
+        target: The epochs that it is being brought to.
     """
 
     number: int
@@ -67,30 +71,45 @@ class Record:
     costs: Mapping[str, float] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     reason: str | None = None
+    driver: str | None = None
+    target: int = 0
 
 
 class Ledger:
     """The study of a sweep: every change is in the storage before anything follows from it.
 
+    What depends on what others did belongs into a :meth:`~lightning_structopt.sweep.peers.Peers.turn` of ``peers``.
+
     Args:
-        storage: ``"journal:PATH"`` or the URL of a database.
+        storage: Where it is; see :func:`opened`.
         name: The study's name in it.
         mode: ``"min"`` or ``"max"``.
         sampler: Where parameters come from; None if there are none to draw.
+        shared: Whether other drivers may work on it at the same time.
     """
 
     def __init__(
-        self, storage: str, name: str, mode: str, sampler: optuna.samplers.BaseSampler | None = None
+        self,
+        storage: BaseStorage,
+        name: str,
+        mode: str,
+        sampler: optuna.samplers.BaseSampler | None = None,
+        shared: bool = False,
     ) -> None:
+        direction: Literal["maximize", "minimize"] = "maximize" if mode == "max" else "minimize"
+        self._storage = storage
         with quiet():
             self._study = optuna.create_study(
-                storage=open_storage(storage),
+                storage=self._storage,
                 study_name=name,
-                direction="maximize" if mode == "max" else "minimize",
+                direction=direction,
                 sampler=sampler,
                 load_if_exists=True,
             )
-        self._trials: dict[int, optuna.Trial] = {}
+            self._unseen = optuna.create_study(direction=direction, sampler=sampler)
+            self.peers: Peers = SharedPeers(self._storage, f"{name} (drivers)") if shared else NoPeers()
+        self._over: dict[int, Record] = {}  # what nobody can change any more
+        self._drawn: set[int] = set()
 
     @property
     def description(self) -> dict[str, Any]:
@@ -104,36 +123,59 @@ class Ledger:
 
     def records(self) -> list[Record]:
         """Return all trials, in the order they were begun."""
-        trials = self._study.get_trials(deepcopy=False)
-        return [_record(trial) for trial in trials if "candidate" in trial.user_attrs]
+        found = []
+        for trial in self._study.get_trials(deepcopy=False):
+            if "candidate" not in trial.user_attrs:
+                continue
+            record = self._over.get(trial.number) or _record(trial)
+            if trial.state.is_finished():
+                self._over[trial.number] = record
+            found.append(record)
+        return found
 
-    def begin(self, candidate: str, seed: int, space: SearchSpace | None) -> Record:
+    def begin(self, candidate: str, seed: int, epochs: int, space: SearchSpace | None) -> Record:
         """Write down that a candidate starts, and draw its parameters if there is a ``space``."""
+        if space is not None:
+            self._catch_up(space, seed)
         trial = self._study.ask()
-        self._trials[trial.number] = trial
         if space is not None:
             space.draw(trial)
+            self._drawn.add(trial.number)
+        trial.set_user_attr("claim", [self.peers.name, epochs])
         trial.set_user_attr("seed", seed)
         trial.set_user_attr("candidate", candidate)  # last: from here on it counts
-        return Record(trial.number, candidate, seed, parameters=trial.params)
+        return Record(
+            trial.number, candidate, seed, parameters=trial.params, driver=self.peers.name, target=epochs
+        )
+
+    def claim(self, record: Record, epochs: int) -> Record:
+        """Write down that this driver is at it."""
+        self._set(record.number, "claim", [self.peers.name, epochs])
+        return replace(record, driver=self.peers.name, target=epochs)
+
+    def release(self, number: int) -> None:
+        """Write down that nobody is at it."""
+        self._set(number, "claim", None)
+
+    def holds(self, number: int) -> bool:
+        """Return whether this driver is at it, and no other has taken over."""
+        return _record(self._study.get_trials(deepcopy=False)[number]).driver == self.peers.name
 
     def measured(self, number: int, costs: Mapping[str, float]) -> None:
         """Write down what a candidate costs."""
-        self._trial(number).set_user_attr("costs", dict(costs))
+        self._set(number, "costs", dict(costs))
 
     def advance(self, record: Record, rung: RungRecord, curve: Mapping[int, float]) -> None:
         """Write down that a rung is over."""
-        trial = self._trial(record.number)
         for epoch, score in curve.items():
             if epoch not in record.curve:
-                trial.report(score, epoch)
-        trial.set_user_attr("rungs", [vars(done) for done in (*record.rungs, rung)])
+                self._storage.set_trial_intermediate_value(self._id(record.number), epoch, score)
+        self._set(record.number, "rungs", [vars(done) for done in (*record.rungs, rung)])
 
     def fail(self, number: int, reason: str, *, refused: bool) -> None:
         """Write down that a candidate is out because something was wrong with it."""
-        trial = self._trial(number)
-        trial.set_user_attr("refused", refused)
-        trial.set_user_attr("reason", reason)
+        self._set(number, "refused", refused)
+        self._set(number, "reason", reason)
         self._tell(number, state=TrialState.FAIL)
 
     def stop(self, number: int) -> None:
@@ -144,17 +186,18 @@ class Ledger:
         """Write down that a candidate came to the end."""
         self._tell(number, values=score)
 
-    def resume(self, space: SearchSpace, seed: int) -> None:
-        """Bring the sampler's random state to where it was: let it draw once more what it has drawn, unseen."""
-        with quiet():
-            unseen = optuna.create_study(direction=self._study.direction, sampler=space.sampler)
+    def _catch_up(self, space: SearchSpace, seed: int) -> None:
+        """Bring the sampler's random state to where it would be had it drawn all itself: let it do so, unseen."""
         for trial in self._study.get_trials(deepcopy=False):
-            if trial.user_attrs.get("seed") == seed:
-                again = unseen.ask()
-                space.draw(again)
-                if trial.state == TrialState.COMPLETE:
-                    with suppress(RuntimeError):
-                        unseen.tell(again, trial.value)
+            attributes = trial.user_attrs
+            if trial.number in self._drawn or attributes.get("seed") != seed or "candidate" not in attributes:
+                continue
+            self._drawn.add(trial.number)
+            again = self._unseen.ask()
+            space.draw(again)
+            if trial.state == TrialState.COMPLETE:
+                with suppress(RuntimeError):  # see `_tell`
+                    self._unseen.tell(again, trial.value)
 
     def _tell(self, number: int, **outcome: Any) -> None:
         try:
@@ -163,20 +206,43 @@ class Ledger:
             if not self._study.get_trials(deepcopy=False)[number].state.is_finished():
                 raise
 
-    def _trial(self, number: int) -> optuna.Trial:
-        if number not in self._trials:  # begun by a driver before us
-            found = self._study.get_trials(deepcopy=False)[number]
-            self._trials[number] = optuna.Trial(self._study, found._trial_id)
-        return self._trials[number]
+    def _set(self, number: int, name: str, value: Any) -> None:
+        self._storage.set_trial_user_attr(self._id(number), name, value)
+
+    def _id(self, number: int) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
 
 
-def open_storage(storage: str) -> BaseStorage | str:
-    """Return the storage at ``storage``: a journal file, or what Optuna makes of a URL."""
+@contextmanager
+def opened(storage: str) -> Iterator[BaseStorage]:
+    """Open the storage at ``storage``, a journal file or the URL of a database, and close it in the end."""
     if storage.startswith("journal:"):
         path = Path(storage.removeprefix("journal:")).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(path)))
-    return storage
+        yield JournalStorage(JournalFileBackend(str(path)))
+        return
+    _make_tables(storage)
+    database = RDBStorage(
+        storage, engine_kwargs={"pool_pre_ping": True}
+    )  # trials are longer than connections last
+    try:
+        yield optuna.storages.get_storage(database)
+    finally:
+        database.engine.dispose()
+
+
+def _make_tables(url: str) -> None:
+    """See to the tables: drivers that start together all make them, and one of them is first."""
+    from sqlalchemy.exc import DBAPIError
+    from sqlalchemy.pool import NullPool
+
+    for pause in (0.1, 0.2, 0.4, 0.8):
+        try:
+            RDBStorage(url, engine_kwargs={"poolclass": NullPool})
+            return
+        except DBAPIError:
+            sleep(pause)
+    RDBStorage(url, engine_kwargs={"poolclass": NullPool})
 
 
 @contextmanager
@@ -194,6 +260,7 @@ def quiet() -> Iterator[None]:
 def _record(trial: FrozenTrial) -> Record:
     attributes = trial.user_attrs
     state = _STATES[trial.state]
+    claim = attributes.get("claim") if state == "running" else None
     return Record(
         number=trial.number,
         candidate=attributes["candidate"],
@@ -204,4 +271,6 @@ def _record(trial: FrozenTrial) -> Record:
         costs=attributes.get("costs", {}),
         parameters=dict(trial.params),
         reason=attributes.get("reason"),
+        driver=claim[0] if claim else None,
+        target=claim[1] if claim else 0,
     )

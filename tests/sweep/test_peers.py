@@ -1,0 +1,132 @@
+"""Drivers that take turns, and see who is gone."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from lightning_structopt.sweep import peers
+from lightning_structopt.sweep.peers import NoPeers, SharedPeers
+from lightning_structopt.sweep.storage import opened, quiet
+
+Join = Callable[[], SharedPeers]
+
+
+@pytest.fixture
+def join(storage: str) -> Iterator[Join]:
+    """Makes drivers, each of which opens the storage as another process would."""
+    with ExitStack() as stack:
+
+        def driver() -> SharedPeers:
+            with quiet():
+                return SharedPeers(stack.enter_context(opened(storage)), "study")
+
+        yield driver
+
+
+def test_they_may_start_together(join: Join) -> None:
+    started: list[SharedPeers] = []
+    errors: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            started.append(join())
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for one in started:
+        with one.turn():
+            pass
+
+
+def test_one_at_a_time(join: Join, tmp_path: Path) -> None:
+    count, rounds, errors = tmp_path / "count", 12, []
+    count.write_text("0")
+
+    def work() -> None:
+        try:
+            mine = join()
+            for _ in range(rounds):
+                with mine.turn():
+                    found = int(count.read_text())
+                    mine.is_gone("")  # time for others to come between
+                    count.write_text(str(found + 1))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert int(count.read_text()) == 4 * rounds
+
+
+def cut_off_in_its_turn(driver: SharedPeers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let it take a turn and never end it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "_hand_on", lambda ticket: None)
+        with driver.turn():
+            pass
+
+
+def test_who_is_silent_is_gone_and_its_turn_with_it(
+    join: Join,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(peers, "monotonic", lambda: clock[0])
+    killed, other = join(), join()
+    assert not other.is_gone(killed.name)
+    cut_off_in_its_turn(killed, monkeypatch)
+    clock[0] = peers.GONE - 1
+    assert not other.is_gone(killed.name)
+    clock[0] = peers.GONE + 1
+    assert other.is_gone(killed.name)
+    assert not killed.is_gone(killed.name)
+    with other.turn():
+        pass
+
+
+def test_signs_of_life(join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "BEAT", 0.01)
+    lives, other = join(), join()
+    with lives.join():
+        while not other.is_gone(lives.name) and other._seen[lives.name][0] < 3:
+            pass
+        assert not other.is_gone(lives.name)
+    assert other.is_gone(lives.name), "it has said so"
+
+
+def test_a_turn_that_was_interrupted_as_it_began(join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, other = join(), join()
+    cut_off_in_its_turn(mine, monkeypatch)
+    with mine.turn():
+        pass
+    with other.turn():
+        pass
+
+
+def test_turns_end_with_an_error_too(join: Join) -> None:
+    mine, other = join(), join()
+    with pytest.raises(KeyboardInterrupt), mine.turn():
+        raise KeyboardInterrupt
+    with other.turn():
+        pass
+
+
+def test_alone_everyone_else_is_gone() -> None:
+    one, other = NoPeers(), NoPeers()
+    assert one.is_gone(other.name)
+    assert not one.is_gone(one.name)
+    with one.join(), one.turn():
+        pass
