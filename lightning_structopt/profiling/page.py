@@ -1,7 +1,7 @@
 """A report as one page for browsers, which needs nothing else: no network, no scripts."""
 
-import html
 from collections.abc import Iterable, Sequence
+from html import escape
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --paper: #fff; --band: #f6f8fa;
@@ -48,37 +48,33 @@ def page(
         svg: A picture, or nothing.
     """
     head = "".join(
-        f'<th scope="col">{_text(name)}{f"<span class=mark>{_text(mark)}</span>" if mark else ""}</th>'
+        f'<th scope="col">{escape(name)}{f"<span class=mark>{escape(mark)}</span>" if mark else ""}</th>'
         for name, mark in models
     )
     body = "".join(
-        f'<tr class="group"><th colspan="{len(models) + 1}">{_text(name)}</th></tr>'
+        f'<tr class="group"><th colspan="{len(models) + 1}">{escape(name)}</th></tr>'
         + "".join(map(_row, rows))
         for name, rows in groups
     )
-    listed = "".join(f"<li>{_text(note)}</li>" for note in notes)
+    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
-        f"<h1>{_text(title)}</h1><p>Below each value is what it is to the first model that runs.</p>"
+        f"<h1>{escape(title)}</h1><p>Below each value is what it is to the first model that runs.</p>"
         f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         + (f"<h2>Notes</h2><ul>{listed}</ul>" if listed else "")
         + (f"<h2>Quality over cost</h2><figure>{svg}</figure>" if svg else "")
         + "<footer>* more than chance: the 95% bootstrap interval of the difference by sample leaves out zero. "
-        "Pareto: no other model is both better and cheaper.</footer></body></html>\n"
+        "Pareto: no other model is both better and cheaper.</footer></body></html>"
     )
 
 
 def _row(row: Row) -> str:
     name, cells = row
     shown = "".join(
-        f"<td>{_text(value)}"
-        + (f'<small class="{kind}">{_text(against)}</small>' if against else "")
+        f"<td>{escape(value)}"
+        + (f'<small class="{kind}">{escape(against)}</small>' if against else "")
         + "</td>"
         for value, against, kind in cells
     )
-    return f'<tr><th scope="row">{_text(name)}</th>{shown}</tr>'
-
-
-def _text(text: str) -> str:
-    return html.escape(text)
+    return f'<tr><th scope="row">{escape(name)}</th>{shown}</tr>'

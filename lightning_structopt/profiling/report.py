@@ -94,16 +94,10 @@ class ComparisonReport(Tabular):
         return next(entry for entry in self.entries if entry.profile is not None)
 
     def _cells(self, entry: Entry, metrics: list[str], trained: bool) -> Iterator[str]:
-        first = self.reference
         yield entry.name
-        for position, metric in enumerate(metrics):
-            yield _metric_cell(entry, metric, first, starred=position == 0)
-        costs, base = entry.costs, first.costs
-        for cost in _COSTS:
-            ratio = (
-                "" if entry is first or not costs or not base[cost] else f" ({costs[cost] / base[cost]:.2f}x)"
-            )
-            yield f"{_number(costs[cost])}{ratio}" if costs else ""
+        cells = [self._quality(entry, metric) for metric in metrics]
+        for value, against, _ in [*cells, *(self._cost(entry, cost) for cost in _COSTS)]:
+            yield f"{value} ({against})" if against else value
         if trained:
             yield "" if entry.training is None else f"{entry.training.seconds:.1f}"
         yield "Pareto" if entry.is_pareto else entry.failure or ""
@@ -224,10 +218,9 @@ class ComparisonReport(Tabular):
         value, gap = entry.metrics[metric], entry.metrics[metric] - first.metrics[metric]
         if entry is first:
             return f"{value:.4f}", "", ""
-        _, _, against = _metric_cell(
-            entry, metric, first, starred=metric == next(iter(first.metrics))
-        ).partition(" ")
-        return f"{value:.4f}", against.strip("()"), _kind(-gap if lower_is_better(metric) else gap)
+        tested = entry.against_first if metric == next(iter(first.metrics)) else None
+        star = "*" if tested is not None and tested.is_significant else ""
+        return f"{value:.4f}", f"{gap:+.4f}{star}", _kind(-gap if lower_is_better(metric) else gap)
 
     def _cost(self, entry: Entry, cost: str) -> Cell:
         if entry.profile is None:
@@ -255,16 +248,6 @@ class ComparisonReport(Tabular):
 
 def _kind(gain: float) -> str:
     return "" if gain == 0 else "better" if gain > 0 else "worse"
-
-
-def _metric_cell(entry: Entry, metric: str, first: Entry, *, starred: bool) -> str:
-    if metric not in entry.metrics:
-        return ""
-    value = entry.metrics[metric]
-    if entry is first:
-        return f"{value:.4f}"
-    star = "*" if starred and entry.against_first is not None and entry.against_first.is_significant else ""
-    return f"{value:.4f} ({value - first.metrics[metric]:+.4f}{star})"
 
 
 def _number(value: float) -> str:
