@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_structopt._checks import require_in, require_type
-from lightning_structopt._precision import widened
 from lightning_structopt.blocks.activations import Activation, activation_module
 from lightning_structopt.blocks.adaptive import AdaptiveBlock, Pass, flops_per_row, in_backward
 from lightning_structopt.blocks.gates import GateBudget, Relaxation, StraightThrough
 from lightning_structopt.blocks.residual import ResidualBlock
-from lightning_structopt.blocks.rows import as_logits, has_shards, one_a_sample, over_rows, require_same_shape
+from lightning_structopt.blocks.rows import as_logits, has_shards, over_rows, require_same_shape
 
 
 class GatedBlock(AdaptiveBlock):
@@ -100,10 +99,10 @@ class GatedBlock(AdaptiveBlock):
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:
-        logits = one_a_sample("GatedBlock", self.gate(inputs), inputs)
+        logits = self._logits(inputs)
         around = self.shortcut(inputs)
         if self.training:
-            return self._train(inputs, around, widened(logits))
+            return self._train(inputs, around, logits)
         if not self._runs_dense and len(logits) == 1:
             total = self._one(inputs, around, logits)
         else:
@@ -125,12 +124,14 @@ class GatedBlock(AdaptiveBlock):
             Of shape (batch,), with gradients for the gate.
         """
         always = flops_per_row(self.gate, inputs) + flops_per_row(self.shortcut, inputs)
-        logits = as_logits("GatedBlock", self.gate(inputs), inputs)
-        return always + torch.sigmoid(logits) * flops_per_row(self.body, inputs)
+        return always + torch.sigmoid(self._logits(inputs)) * flops_per_row(self.body, inputs)
 
     @override
     def extra_repr(self) -> str:
         return f"relaxation={self.relaxation!r}, budget={self.budget!r}, cost={self.cost!r}"
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        return as_logits("GatedBlock", self.gate(inputs), inputs)
 
     def _train(self, inputs: Tensor, around: Tensor, logits: Tensor) -> Tensor:
         gates = self.relaxation(logits, self._count())
@@ -161,7 +162,7 @@ class GatedBlock(AdaptiveBlock):
     def _one(self, inputs: Tensor, around: Tensor, logits: Tensor) -> Tensor:
         """Decide about a single sample in Python: operators on one number take as long as a small body."""
         opened = logits.item() >= 0  # waits for the device
-        self._passes.executed = float(opened)
+        self._remember(float(opened))
         if opened:
             return self._plain(inputs, around)
         return self._some(inputs, around, logits >= 0) if has_shards(self.body) else around

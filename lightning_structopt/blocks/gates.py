@@ -4,7 +4,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -49,30 +48,8 @@ class Gate(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         others = [dim for dim in range(1, inputs.ndim) if dim != self.dim % inputs.ndim]
         means = inputs.mean(others) if others else inputs
-        logits: Tensor = self.net(means) if self.training else self._quickly(means)
+        logits: Tensor = self.net(means)
         return logits.squeeze(-1)
-
-    def _quickly(self, means: Tensor) -> Tensor:
-        """Call layers as functions: for one sample the calls of modules take longer than what they compute."""
-        net = self.net
-        parts = list(net)
-        # Quantized, parametrized and sharded layers have other classes.
-        if [type(part) for part in parts] != _LAYERS or _is_heard(net) or any([_is_heard(p) for p in parts]):
-            output: Tensor = net(means)
-            return output
-        first, last = cast(nn.Linear, parts[0]), cast(nn.Linear, parts[2])
-        hidden = nn.functional.linear(means, first.weight, first.bias).relu_()
-        return nn.functional.linear(hidden, last.weight, last.bias)
-
-
-_LAYERS = [nn.Linear, nn.ReLU, nn.Linear]
-
-
-def _is_heard(part: nn.Module) -> bool:
-    """Tell whether hooks want to know of calls."""
-    return bool(
-        part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    )
 
 
 class Relaxation(ABC):

@@ -85,7 +85,7 @@ class RoutedBlock(AdaptiveBlock):
         rows = inputs.flatten(0, logits.ndim - 2)
         probabilities = widened(logits).flatten(0, -2).softmax(-1)
         chosen = self._chosen(probabilities)
-        if not (self.training or self._runs_dense or has_shards(self.experts)) and len(rows) == 1:
+        if not (self.training or self._runs_dense) and len(rows) == 1 and not has_shards(self.experts):
             return self._one(rows, chosen, self._weights(probabilities, chosen)).reshape(inputs.shape)
         kept = self._within_capacity(chosen)
         weights = self._weights(probabilities, chosen) * kept
@@ -173,7 +173,7 @@ class RoutedBlock(AdaptiveBlock):
             output = self.experts[index](row)
             require_same_shape("RoutedBlock", output, row)
             total = total + over_rows(weights[:, rank], output) * output
-        self._passes.executed = self.top_k / len(self.experts)
+        self._remember(self.top_k / len(self.experts))
         return total
 
     def _some(self, rows: Tensor, chosen: Tensor, kept: Tensor, weights: Tensor) -> Tensor:

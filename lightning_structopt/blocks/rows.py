@@ -18,24 +18,13 @@ def as_logits(owner: str, logits: Tensor, inputs: Tensor) -> Tensor:
     Raises:
         ValueError: If it is not one a sample.
     """
-    return widened(one_a_sample(owner, logits, inputs))
-
-
-def one_a_sample(owner: str, logits: Tensor, inputs: Tensor) -> Tensor:
-    """Return what a gate gave as one number a sample.
-
-    Raises:
-        ValueError: If it is not one a sample.
-    """
-    if logits.shape == inputs.shape[:1]:
-        return logits
     rows = inputs.shape[0]  # not `len`, which would make the size of a batch a constant in exported graphs
     if logits.numel() != rows or logits.shape[0] != rows or logits.ndim > 2:
         raise ValueError(
             f"The gate of `{owner}` must give one logit a sample, of shape ({rows},). Found {tuple(logits.shape)}. End "
             "it with a linear layer of one output, or take `Gate(features)`."
         )
-    return logits.reshape(-1)
+    return widened(logits.reshape(-1))
 
 
 def needs_dense_form() -> bool:
