@@ -12,6 +12,7 @@ GROUND = {
     "_checks",
     "_devices",
     "_dtensors",
+    "_files",
     "_horizon",
     "_precision",
     "_rates",

@@ -1,7 +1,6 @@
 """Writing a student to a file that its own class reads."""
 
 import io
-import os
 import pickle
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from lightning_structopt._files import as_a_whole
 
 
 def export(student: Any, path: str | Path) -> None:
@@ -62,12 +63,8 @@ def write_safely(checkpoint: dict[str, Any], path: str | Path) -> None:
             _require_plain(name, value)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with as_a_whole(path) as beside:
         torch.save(checkpoint, beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _require_plain(name: str, value: Any) -> None:

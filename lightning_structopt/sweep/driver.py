@@ -194,7 +194,7 @@ class Driver:
 
     def _clear(self, record: Record, keep: Path | None) -> None:
         """Remove the checkpoints of ``record`` but one."""
-        folder = self._plan.home(record.candidate) / f"seed-{record.seed}"
+        folder = self._plan.folder(record)
         for path in [*folder.glob("epoch-*.ckpt"), *folder.glob("epoch-*.part")]:
             if path != keep:
                 remove(path)

@@ -1,6 +1,5 @@
 """Everything a sweep was asked to do, and where each thing lies in its directory."""
 
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 import cloudpickle  # type: ignore[import-untyped]
 
+from lightning_structopt._files import as_a_whole
 from lightning_structopt.sweep.budget import Budget
 from lightning_structopt.sweep.candidates import Candidate, fingerprint
 from lightning_structopt.sweep.constraints import Rule
@@ -59,9 +59,13 @@ class Plan:
         readable = re.sub(r"[^\w.-]+", "_", name)[:60]
         return self.directory / "trials" / f"{self.names.index(name):03d}-{readable}"
 
+    def folder(self, record: Record) -> Path:
+        """Return the folder of a candidate with one seed."""
+        return self.home(record.candidate) / f"seed-{record.seed}"
+
     def spec(self, record: Record, epochs: int, threads: int | None) -> TrialSpec:
         """Return what a trial is told to bring ``record`` to ``epochs``."""
-        folder = self.home(record.candidate) / f"seed-{record.seed}"
+        folder = self.folder(record)
         return TrialSpec(
             name=record.candidate,
             candidate=str(self.home(record.candidate) / "candidate.pkl"),
@@ -133,6 +137,5 @@ def _dump(content: Any, path: Path, what: str) -> None:
             f"What goes to other processes must be picklable. Found that {what} isn't: {error}. Build what can't be "
             "pickled within the candidate's function."
         ) from error
-    whole = path.with_name(f"{path.name}.{os.getpid()}.part")  # trials of other drivers may be reading
-    whole.write_bytes(pickled)
-    os.replace(whole, path)
+    with as_a_whole(path) as beside:  # trials of other drivers may be reading
+        beside.write_bytes(pickled)
