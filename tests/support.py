@@ -136,15 +136,19 @@ def assert_same_state(one: Any, other: Any, where: str = "state") -> None:
         assert one == other, f"{where}: {one} != {other}"
 
 
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = 2) -> None:
     """Call ``function(rank, *arguments)`` in ``ranks`` new processes that Lightning takes for torchrun's.
 
     One start of the processes (about 10 s) serves as many fits as ``function`` likes.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_as_rank, (function, arguments, ranks, port), nprocs=ranks)
+    torch.multiprocessing.spawn(_as_rank, (function, arguments, ranks, free_port()), nprocs=ranks)
 
 
 def files_of_ranks(function: Callable[..., None]) -> Any:

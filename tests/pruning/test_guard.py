@@ -35,15 +35,20 @@ def test_every_trusted_optimizer_is_tried_hard() -> None:
     assert {kind.__name__ for kind in _LEAVES_ZEROS_ALONE} == set(HARD_SETTINGS)
 
 
-@pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda value: str(value))
-@pytest.mark.parametrize("masked_first", [True, False])
-def test_zero_stays_zero(name: str, settings: dict, masked_first: bool) -> None:
-    torch.manual_seed(0)
+def guarded(name: str, settings: dict) -> tuple[nn.Linear, torch.optim.Optimizer, MaskSet, ZeroGuard]:
     layer = nn.Linear(6, 5, bias=False)
     optimizer = getattr(torch.optim, name)(layer.parameters(), **settings)
     masks = MaskSet({"weight": layer.weight})
     guard = ZeroGuard(masks)
     guard.attach([optimizer])
+    return layer, optimizer, masks, guard
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize("masked_first", [True, False])
+def test_zero_stays_zero(name: str, settings: dict, masked_first: bool) -> None:
+    torch.manual_seed(0)
+    layer, optimizer, masks, guard = guarded(name, settings)
     for step in range(8):
         optimizer.zero_grad()
         (layer(torch.randn(4, 6)) ** 2).sum().backward()
@@ -68,12 +73,8 @@ def test_zero_stays_zero(name: str, settings: dict, masked_first: bool) -> None:
 )
 def test_second_moments_of_dead_weights_never_come_near_zero(name: str, settings: dict, key: str) -> None:
     """A square root of zero takes 12 times as long, and decay would get there within 1,000 steps."""
-    layer = nn.Linear(6, 5, bias=False)
-    optimizer = getattr(torch.optim, name)(layer.parameters(), **settings)
-    masks = MaskSet({"weight": layer.weight})
+    layer, optimizer, masks, guard = guarded(name, settings)
     masks.update({"weight": torch.rand(5, 6) > 0.5})
-    guard = ZeroGuard(masks)
-    guard.attach([optimizer])
     for _ in range(1000):
         optimizer.zero_grad()
         (layer(torch.ones(4, 6)) ** 2).sum().backward()
@@ -88,12 +89,8 @@ def test_second_moments_of_dead_weights_never_come_near_zero(name: str, settings
 def test_masked_gradients_after_others_do_not_revive(name: str, settings: dict) -> None:
     """Gradients that weren't masked, of steps before or of another run, have left momentum to dead weights."""
     torch.manual_seed(0)
-    layer = nn.Linear(6, 5, bias=False)
-    optimizer = getattr(torch.optim, name)(layer.parameters(), **settings)
-    masks = MaskSet({"weight": layer.weight})
+    layer, optimizer, masks, guard = guarded(name, settings)
     masks.update({"weight": torch.rand(5, 6) > 0.5})
-    guard = ZeroGuard(masks)
-    guard.attach([optimizer])
     for masked in (False, False, True, True, False, True, True):
         optimizer.zero_grad()
         (layer(torch.randn(4, 6)) ** 2).sum().backward()

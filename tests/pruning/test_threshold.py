@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
+from support import run_ranks
 from torch import Tensor
 
 from lightning_structopt.pruning import threshold
@@ -331,13 +331,7 @@ def group_cases():
 
 
 def check_group(rank, folder):
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     group, original, sizes = torch.distributed.group.WORLD, torch.distributed.all_reduce, []
 
     def record(tensor, *args, **kwargs):
@@ -358,11 +352,10 @@ def check_group(rank, folder):
         kth_smallest([torch.ones(3)], 7, group=group)
     # One that does not take part in a group asks about its own scores only.
     assert kth_smallest([torch.tensor([rank, 5.0])], 1) == rank
-    torch.distributed.destroy_process_group()
     Path(folder, f"done-{rank}").touch()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 def test_group_of_two(tmp_path):
-    torch.multiprocessing.spawn(check_group, (str(tmp_path),), nprocs=2)
+    run_ranks(check_group, tmp_path)
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}

@@ -4,13 +4,13 @@ import getpass
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import free_port
 
 STORAGES = ["journal", "postgresql"]
 
@@ -23,12 +23,6 @@ def _binaries() -> Path:
     if not found:
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
     return found[-1].resolve().parent
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +42,7 @@ def server() -> Iterator[str]:
             check=True,
             **quiet,
         )
-        port = _free_port()
+        port = free_port()
         options = [
             "-c",
             "listen_addresses=127.0.0.1",

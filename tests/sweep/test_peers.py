@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -26,46 +27,28 @@ def join(storage: str) -> Iterator[Join]:
 
 
 def test_they_may_start_together(join: Join) -> None:
-    started: list[SharedPeers] = []
-    errors: list[BaseException] = []
-
-    def start() -> None:
-        try:
-            started.append(join())
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=start) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    for one in started:
+    with ThreadPoolExecutor(4) as pool:
+        started = [pool.submit(join) for _ in range(4)]
+    for one in [each.result() for each in started]:
         with one.turn():
             pass
 
 
 def test_one_at_a_time(join: Join) -> None:
-    busy, errors, drivers = threading.Lock(), [], [join() for _ in range(4)]
+    busy, drivers = threading.Lock(), [join() for _ in range(4)]
 
     def work(mine: SharedPeers) -> None:
-        try:
-            for count in range(8):
-                with mine.turn():
-                    assert busy.acquire(blocking=False), "two have their turn at once"
-                    # Long enough for others to come between: it waits for the disk or the server.
-                    mine._storage.set_study_user_attr(mine._study, mine.name, count)
-                    busy.release()
-        except BaseException as error:
-            errors.append(error)
+        for count in range(8):
+            with mine.turn():
+                assert busy.acquire(blocking=False), "two have their turn at once"
+                # Long enough for others to come between: it waits for the disk or the server.
+                mine._storage.set_study_user_attr(mine._study, mine.name, count)
+                busy.release()
 
-    threads = [threading.Thread(target=work, args=(mine,)) for mine in drivers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(work, mine) for mine in drivers]
+    for each in done:
+        each.result()  # raises what went wrong there
 
 
 def cut_off_in_its_turn(driver: SharedPeers, monkeypatch: pytest.MonkeyPatch) -> None:

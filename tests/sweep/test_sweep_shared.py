@@ -13,7 +13,7 @@ import pytest
 from candidates_for_sweeps import gone
 from optuna.distributions import IntDistribution
 from support import Classifier, loader
-from test_sweep_interrupted import announced, columns, drive, fifo, wait_gone
+from test_sweep_interrupted import Announces, announced, columns, drive, fifo, wait_gone
 
 from lightning_structopt.sweep import (
     ArchitectureSweep,
@@ -46,18 +46,11 @@ class Meets(Classifier):
             self.pipe.open("w" if hidden == 2 else "r").close()  # each opens when the other does
 
 
-class HangsOnce(Classifier):
+class HangsOnce(Announces):
     """One width tells at its third epoch who it is, and hangs, while the pipe is there."""
 
     def __init__(self, hidden: int, pipe: Path) -> None:
-        super().__init__(hidden=hidden)
-        self.pipe = pipe
-
-    def on_train_epoch_start(self) -> None:
-        if self.current_epoch == 2 and self.net[0].out_features == 8 and self.pipe.exists():
-            with self.pipe.open("w") as pipe:
-                pipe.write(f"{os.getpid()}\n")
-            signal.pause()
+        super().__init__(hidden, pipe, epoch=2 if hidden == 8 else -1)
 
 
 class Writes(ArchitectureSweep):
