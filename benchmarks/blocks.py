@@ -105,6 +105,12 @@ def executed(net: nn.Module, pictures: Tensor) -> float:
 
 
 def described(nets: dict[str, nn.Module], data: Data, rounds: int) -> Rows:
+    """Yield a row for each net: what it is worth, and its times against the first one's."""
+    for row in timed(nets, data, rounds):
+        yield row | {"top1": top1(nets[row["entrant"]], data)}
+
+
+def timed(nets: dict[str, nn.Module], data: Data, rounds: int) -> Rows:
     """Yield a row for each net, with its times against the first one's."""
     times = race(nets, data, rounds)
     base = next(iter(times.values()))
@@ -112,7 +118,6 @@ def described(nets: dict[str, nn.Module], data: Data, rounds: int) -> Rows:
         yield {
             "entrant": name,
             "parameters": sum(parameter.numel() for parameter in net.parameters()),
-            "top1": top1(net, data),
             "executed": executed(net, data[2][:1000]),
             **times[name],
             "ratio_64": times[name]["ms_64"] / base["ms_64"],
@@ -191,17 +196,12 @@ def part_gates(data: Data, epochs: int, rounds: int, fast: bool) -> Rows:
     yield from gates_trained(data, epochs, rounds, fast)
     # What a gate takes for one image does not depend on what it skips: small blocks gain little by being skipped.
     for widths in ((8, 16),) if fast else ((24, 48), (48, 96), (96, 192)):
-        nets = {"all": residual_net(False, widths).eval(), "every other": every_other(widths)}
-        times = race(nets, data, rounds)
-        for name, net in nets.items():
-            yield {
-                "entrant": f"{name}, widths {widths[0]} and {widths[1]}, untrained",
-                "parameters": sum(parameter.numel() for parameter in net.parameters()),
-                "executed": executed(net, data[2][:64]),
-                **times[name],
-                "ratio_64": times[name]["ms_64"] / times["all"]["ms_64"],
-                "ratio_1": times[name]["ms_1"] / times["all"]["ms_1"],
-            }
+        size = f"widths {widths[0]} and {widths[1]}, untrained"
+        nets = {
+            f"all, {size}": residual_net(False, widths).eval(),
+            f"every other, {size}": every_other(widths),
+        }
+        yield from timed(nets, data, rounds)
 
 
 def gates_trained(data: Data, epochs: int, rounds: int, fast: bool) -> Rows:
