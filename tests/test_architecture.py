@@ -71,5 +71,7 @@ def test_each_floor_stands_on_those_below(file: Path) -> None:
 
 
 def test_no_file_is_too_long_to_read_in_one_sitting() -> None:
-    long = {file.name: lines for file in FILES if (lines := len(file.read_text().splitlines())) > 350}
+    """The one table of contents, two lines a name, is read in none."""
+    files = [file for file in FILES if file != PACKAGE / "__init__.py"]
+    long = {file.name: lines for file in files if (lines := len(file.read_text().splitlines())) > 350}
     assert not long

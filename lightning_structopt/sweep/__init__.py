@@ -6,6 +6,7 @@ from lightning_structopt.sweep.brackets import AsynchronousHalving, Hyperband
 from lightning_structopt.sweep.budget import Budget, FixedRounds, SuccessiveHalving
 from lightning_structopt.sweep.candidates import Candidate
 from lightning_structopt.sweep.cluster import RayCluster
+from lightning_structopt.sweep.evolution import RegularizedEvolution
 from lightning_structopt.sweep.executors import Executor, InProcess, LocalProcesses
 from lightning_structopt.sweep.result import CandidateResult, SweepResult
 from lightning_structopt.sweep.space import SearchSpace
@@ -28,6 +29,7 @@ __all__ = [
     "MaxLatency",
     "MaxParameters",
     "RayCluster",
+    "RegularizedEvolution",
     "SearchSpace",
     "SuccessiveHalving",
     "SweepResult",

@@ -66,6 +66,7 @@ VALUES = [
     so.FixedRounds(rounds=2, epochs=1, keep=0.5),
     so.LocalProcesses(workers=2),
     so.RayCluster(resources={"CPU": 2}),
+    so.RegularizedEvolution(population=20, tournament=5),
     so.Plateau("val_loss", patience=2),
     so.Widen(1.5, "net.0"),
     so.Deepen(kind="residual"),

@@ -28,6 +28,7 @@ from lightning_structopt.sweep import (
     MaxFLOPs,
     MaxLatency,
     MaxParameters,
+    RegularizedEvolution,
     SearchSpace,
     SuccessiveHalving,
 )
@@ -157,6 +158,7 @@ SPACE = {
 SAMPLERS = {
     "random": lambda: optuna.samplers.RandomSampler(seed=1),
     "TPE": lambda: optuna.samplers.TPESampler(seed=1, n_startup_trials=2),
+    "evolution": lambda: RegularizedEvolution(population=2, tournament=2),
 }
 
 
