@@ -70,7 +70,7 @@ def _segmentation(name: str) -> tuple[nn.Module, Inputs]:
 def _video(name: str) -> tuple[nn.Module, Inputs]:
     import torchvision
 
-    frames, size = (16, 224) if name.startswith("mvit") else (16, 64)
+    frames, size = (16, 224) if name in {"mvit_v2_s", "s3d"} else (16, 64)
     return torchvision.models.get_model(name, weights=None), (torch.randn(2, 3, frames, size, size),)
 
 

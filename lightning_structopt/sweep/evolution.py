@@ -22,8 +22,8 @@ _TRIES = 100  # mutations after which a child may be one that was tried before
 class RegularizedEvolution(BaseSampler):
     """Aging evolution: each candidate is the best of a few recent ones with one parameter changed.
 
-    The parent is the best of ``tournament`` candidates drawn from the ``population`` that finished last; older ones die,
-    however good they were. A choice changes to any other one, a number to a near one. A child that has been tried
+    The parent is the best of ``tournament`` candidates drawn from the ``population`` that finished last; older ones
+    die, however good they were. A choice changes to any other one, a number to a near one. A child that has been tried
     before changes once more. What a change makes necessary, by a conditional parameter, is drawn at random, and so are
     candidates until ``population`` of them have finished.
 
