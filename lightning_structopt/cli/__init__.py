@@ -15,7 +15,7 @@ from typing_extensions import override
 from lightning_structopt import __version__
 from lightning_structopt.cli.commands import COMMANDS
 
-_LIGHTNING = ("fit", "validate", "test", "predict")
+LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     summaries = {name: (command.__doc__ or "").splitlines()[0] for name, command in COMMANDS.items()}
     summaries |= {
-        name: f"Lightning's own `{name}`, with callbacks and wrappers of ours." for name in _LIGHTNING
+        name: f"Lightning's own `{name}`, with callbacks and wrappers of ours." for name in LIGHTNING_COMMANDS
     }
     lines = [f"  {name:10}{summaries[name]}" for name in sorted(summaries)]
     parser = argparse.ArgumentParser(
@@ -93,7 +93,7 @@ def _run(command: str, arguments: list[str]) -> None:
         raise ImportError(
             'Commands need jsonargparse. Found none. Run `pip install "lightning-structopt[cli]"`.'
         ) from error
-    if command in _LIGHTNING:
+    if command in LIGHTNING_COMMANDS:
         _run_lightning(command, arguments)
         return
 
@@ -124,7 +124,8 @@ def _run_lightning(command: str, arguments: list[str]) -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"exit_on_error": False} | dict.fromkeys(_LIGHTNING, {"exit_on_error": False}),
+            parser_kwargs={"exit_on_error": False}
+            | dict.fromkeys(LIGHTNING_COMMANDS, {"exit_on_error": False}),
         )
     finally:
         sys.argv = before
