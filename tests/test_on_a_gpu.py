@@ -17,7 +17,7 @@ from blocks.adaptive_nets import NETS as ADAPTIVE
 from contract.test_callbacks import CALLBACKS
 from contract.test_modules import MODULES
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from small_nets import NETS, make
+from small_nets import make
 from support import FEATURES, Classifier, adamw, assert_same_state, dataset, loader, sgd, trainer, zeros
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
