@@ -2,8 +2,10 @@
 
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 import lightning_structopt as so
 from lightning_structopt.cli import main
-from lightning_structopt.cli.commands import COMMANDS
+from lightning_structopt.cli.commands import COMMANDS, extras
 
 CONFIGS = Path(__file__).parents[1] / "examples" / "configs"
 QUICK = (
@@ -102,11 +104,16 @@ def test_sweep_ranks_and_writes_tables(run: Run) -> None:
     found = json.loads(Path("runs/sweep/result.json").read_text())["candidates"]
     assert {candidate["name"] for candidate in found} == {"narrow", "middle", "wide", "huge"}
     assert found[0]["state"] == "finished"
+    assert weights("runs/sweep/best.ckpt")
 
 
 def test_profile_takes_a_shape(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("profile", "profile", "--seconds=0.01") == 0
     assert "19,658" in capsys.readouterr().out
+    options = ("--seconds=0.01", "--batch_sizes=[1,4]", "--threads=[1,2]", "--output=runs/sizes")
+    assert run("profile", "profile", *options) == 0
+    times = json.loads(Path("runs/sizes/profile.json").read_text())["latencies"]
+    assert [(time["batch_size"], time["threads"]) for time in times] == [(1, 1), (1, 2), (4, 1), (4, 2)]
 
 
 def test_a_language_model_is_trained_and_distilled(run: Run) -> None:
@@ -135,16 +142,21 @@ def test_every_configuration_is_run_here() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("profile", "profile", "--sconds=1"), "unrecognized arguments: --sconds.* Did you mean 'seconds'"),
-        (("profile", "profile", "--model.init_args.widht=3"), "'widht' is not accepted Did you mean 'width'"),
-        (("profile", "profile", "--model=digits.Clasifier"), "no attribute 'Clasifier'"),
+        (("profile", "profile", "--sconds=1"), "There is no 'sconds'. Did you mean 'seconds'"),
+        (
+            ("profile", "profile", "--model.init_args.widht=3"),
+            "has no argument 'widht'. Did you mean 'width'",
+        ),
+        (("profile", "profile", "--model=digits.Clasifier"), "`digits` has no 'Clasifier'. .*'Classifier'"),
         (("profile", "profile", f"--checkpoint={__file__}"), "must be a file of tensors and plain data"),
         (("profile", "profile", "--checkpoint=none.ckpt"), "none.ckpt"),
         (("profile", "profile", "--checkpoint=runs/wrong.pt"), "doesn't fit `Classifier`"),
         (("profile", "profile", "--input=[2,3]"), r"got input of size: \[2, 3\]"),
         (("compare", "compare", "--checkpoints.other=x"), "Found 'other'"),
         (("sweep", "sweep", "--mode=best"), "mode"),
-        (("fit", "quickstart", "--trainer.max_epocs=1"), "max_epocs"),
+        (("profile", "profile", "--batch_sizes=[0]"), "`batch_sizes` must be at least 1"),
+        (("fit", "quickstart", "--trainer.max_epocs=1"), "There is no 'trainer.max_epocs'. .*'max_epochs'"),
+        (("fit", "quickstart", f"--ckpt_path={__file__}"), "A checkpoint must be a file of tensors"),
     ],
     ids=lambda value: value[-1].split("=")[0] if isinstance(value, tuple) else "",
 )
@@ -159,6 +171,37 @@ def test_errors_are_one_line(
     assert re.search(message, line)
 
 
+MISTAKES = {
+    "trainer": ({"trainer": {"max_epocs": 1}}, "There is no 'trainer.max_epocs'. .*'max_epochs'"),
+    "command": ({"modle": {"class_path": "digits.Classifier"}}, "There is no 'modle.class_path'. .*'model'"),
+    "callback": (
+        {
+            "trainer": {
+                "callbacks": [{"class_path": "lightning_structopt.LRDecay", "init_args": {"intervall": 1}}]
+            }
+        },
+        "`lightning_structopt.LRDecay` has no argument 'intervall'. Did you mean 'interval'",
+    ),
+    "class": (
+        {"trainer": {"callbacks": [{"class_path": "lightning_structopt.IterativePrunning"}]}},
+        "`lightning_structopt` has no 'IterativePrunning'. Did you mean 'IterativePruning'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_keys_that_do_not_exist_name_those_that_come_near(
+    run: Run, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong, message = MISTAKES[name]
+    Path("wrong.yaml").write_text(json.dumps({"model": {"class_path": "digits.Classifier"}} | wrong))
+    capsys.readouterr()
+    assert main(["fit", "--config", "wrong.yaml"]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(message, line)
+    assert len(line) < 200
+
+
 def test_debug_shows_the_traceback(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("profile", "profile", "--checkpoint=none.ckpt", "--debug") == 2
     assert "Traceback" in capsys.readouterr().err
@@ -171,7 +214,66 @@ def test_help_and_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMMANDS)
     assert main(["doctor"]) == 0
-    assert torch.__version__.split("+")[0] in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in shown
+    assert "extra: examples" in shown
+    assert version("scikit-learn") in shown
+    assert extras()["onnx"] == ["onnx", "onnxruntime", "onnxscript"]
+    assert extras()["cli"] == ["jsonargparse"]
+
+
+def test_the_doctor_comes_where_the_commands_lack_jsonargparse(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["doctor"]) == 0
+    assert "extra: onnx" in capsys.readouterr().out
+    assert main(["profile"]) == 2
+    assert "lightning-structopt[cli]" in capsys.readouterr().err
+
+
+def test_python_runs_it_as_a_module() -> None:
+    command = [sys.executable, "-m", "lightning_structopt"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "usage: structopt" in shown
+    failed = subprocess.run([*command, "profile", "--input=[1]"], capture_output=True, text=True, check=False)
+    assert failed.returncode == 2
+    assert failed.stderr.strip().splitlines()[-1].startswith("structopt profile: ")
+
+
+def test_every_example_has_a_configuration() -> None:
+    examples = {path.stem for path in (CONFIGS.parent).glob("*.py")} - {"data"}
+    assert examples <= {path.stem for path in CONFIGS.glob("*.yaml")}
+
+
+def test_the_pipeline_of_one_command(run: Run) -> None:
+    import digits
+
+    assert (
+        run("distill", "compress", "--trainer.max_epochs=6", "--teacher_checkpoint=runs/quickstart/last.ckpt")
+        == 0
+    )
+    small = so.load_shrunk(digits.Classifier, "runs/compress/student.ckpt")
+    assert sum(p.numel() for p in small.parameters()) < sum(
+        p.numel() for p in digits.Classifier().parameters()
+    )
+
+
+def test_comparisons_take_metrics_and_what_training_took(run: Run) -> None:
+    metric = {"class_path": "torchmetrics.classification.MulticlassRecall", "init_args": {"num_classes": 10}}
+    settings = {
+        "models": {"it": {"class_path": "digits.Classifier"}},
+        "checkpoints": {"it": "runs/quickstart/last.ckpt"},
+        "metrics": {"recall of all": metric},
+        "data": {"class_path": "digits.Digits"},
+        "seconds": 0.01,
+        "output": "runs/measured",
+    }
+    Path("measured.yaml").write_text(json.dumps(settings))
+    assert main(["compare", "--config", "measured.yaml"]) == 0
+    (found,) = json.loads(Path("runs/measured/report.json").read_text())
+    assert list(found["metrics"]) == ["recall of all"]
+    assert found["training"]["epochs"] == 1
 
 
 def test_an_unknown_command_names_those_that_exist(capsys: pytest.CaptureFixture[str]) -> None:

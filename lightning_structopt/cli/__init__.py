@@ -6,14 +6,13 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from difflib import get_close_matches
-from importlib import import_module
 from inspect import signature
 
 from typing_extensions import override
 
 from lightning_structopt import __version__
 from lightning_structopt.cli.commands import COMMANDS
+from lightning_structopt.cli.errors import one_line
 
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -39,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         else:
-            message = " ".join(str(error).split()) or type(error).__name__
-            print(f"structopt {chosen.command}: {message}{_near(message)}", file=sys.stderr)
+            own = [signature(COMMANDS[chosen.command]).parameters] if chosen.command in COMMANDS else []
+            print(f"structopt {chosen.command}: {one_line(error, *own)}", file=sys.stderr)
         return 2
     finally:
         sys.path.remove(os.getcwd())
@@ -67,26 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _near(message: str) -> str:
-    """Return a hint where ``message`` is about a name that is nearly one that is known."""
-    owner = re.search(r"class_path '([\w.]+)'", message)
-    wrong = re.search(r"Option '(\w+)'|arguments: --([\w.]+)|Key '(\w+)'", message)
-    if wrong is None:
-        return ""
-    name = next(group for group in wrong.groups() if group).split(".")[-1]
-    known = (
-        _parameters_of(owner[1]) if owner else {p for c in COMMANDS.values() for p in signature(c).parameters}
-    )
-    near = get_close_matches(name, known)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
-def _parameters_of(class_path: str) -> set[str]:
-    module, _, name = class_path.rpartition(".")
-    return set(signature(getattr(import_module(module), name)).parameters)
-
-
 def _run(command: str, arguments: list[str]) -> None:
+    if command == "doctor" and not arguments:  # which says what is missing, be it what the others need
+        COMMANDS[command]()
+        return
     try:
         import jsonargparse
     except ImportError as error:

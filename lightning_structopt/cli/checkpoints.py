@@ -1,6 +1,6 @@
 """Checkpoints that commands read and write, with the plan of what was made smaller."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,8 @@ import torch
 from lightning import __version__ as lightning_version
 from torch import nn
 
-from lightning_structopt.shrinking import ShrinkReport
+from lightning_structopt.profiling import TrainingCost
+from lightning_structopt.shrinking import ChannelPruning, ShrinkReport
 from lightning_structopt.shrinking.loading import OWNER, plan_in, whole_again
 
 
@@ -53,6 +54,29 @@ def small_checkpoint(report: ShrinkReport, source: Mapping[str, Any]) -> dict[st
         "state_dict": report.module.state_dict(),
         "callbacks": {OWNER: {"plan": report.plan.as_data()}},
     }
+
+
+def add_plan(checkpoint: Path, callbacks: Iterable[Any]) -> None:
+    """Write the plan of a ``ChannelPruning`` among ``callbacks`` into ``checkpoint``, for ``so.load_shrunk``."""
+    for callback in callbacks:
+        if isinstance(callback, ChannelPruning) and callback.plan is not None:
+            plan = {"callbacks": {OWNER: {"plan": callback.plan.as_data()}}}
+            torch.save(read(checkpoint) | plan, checkpoint)
+
+
+def training_cost(content: Mapping[str, Any]) -> TrainingCost | None:
+    """Return what training took by the ``CostMonitor`` of the run that saved this checkpoint; None if it had none.
+
+    Raises:
+        ValueError: If what it holds is no such cost.
+    """
+    state = content.get("callbacks", {}).get("CostMonitor")
+    if state is None:
+        return None
+    try:
+        return TrainingCost(**state)
+    except TypeError as error:
+        raise ValueError(f"A `CostMonitor` in a checkpoint must hold a cost. Found {state!r}.") from error
 
 
 def read(checkpoint: Path) -> dict[str, Any]:

@@ -2,28 +2,40 @@
 
 import os
 import platform
+import shutil
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from packaging.requirements import Requirement
 from rich import print as rich_print
 from rich.table import Table
 from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
 
 import lightning_structopt as so
-from lightning_structopt.cli.checkpoints import fitted, loaded, read, small_checkpoint
+from lightning_structopt.cli.checkpoints import (
+    add_plan,
+    fitted,
+    loaded,
+    read,
+    small_checkpoint,
+    training_cost,
+)
 from lightning_structopt.shrinking import channel_report, shrink_report
 
-_EXTRAS = ("jsonargparse", "matplotlib", "onnx", "onnxruntime", "onnxscript", "scikit-learn", "ray", "timm")
+_EXTRAS = ("cli", "plot", "onnx", "ray", "examples")
 
 
 def profile(
     model: nn.Module,
     input: list[int] | None = None,
     checkpoint: Path | None = None,
+    batch_sizes: list[int] | None = None,
+    threads: list[int] | None = None,
     seconds: float = 0.5,
     output: Path | None = None,
 ) -> None:
@@ -33,11 +45,14 @@ def profile(
         model: The module, by `class_path` and `init_args`.
         input: Shape of an example input, such as [1,3,224,224]; the module's `example_input_array` if not given.
         checkpoint: Weights to load; of a module made smaller by `ChannelPruning` the plan, too.
-        seconds: How long to time it.
+        batch_sizes: Batch sizes to time, such as [1,32]; that of the input if not given.
+        threads: Numbers of CPU threads to time; as many as PyTorch uses if not given.
+        seconds: How long to time each setting.
         output: Folder for profile.json and profile.csv.
     """
     module = loaded(model, checkpoint)
-    found = so.profile(module, example_for(module, input), seconds=seconds)
+    example = example_for(module, input)
+    found = so.profile(module, example, batch_sizes=batch_sizes, threads=threads, seconds=seconds)
     rich_print(found)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
@@ -49,6 +64,7 @@ def compare(
     models: dict[str, nn.Module],
     data: pl.LightningDataModule,
     checkpoints: dict[str, Path] | None = None,
+    metrics: dict[str, Metric] | None = None,
     seconds: float = 0.5,
     output: Path | None = None,
 ) -> None:
@@ -57,7 +73,8 @@ def compare(
     Args:
         models: Modules by name, each by `class_path` and `init_args`.
         data: The LightningDataModule whose test data count (validation data if there are none).
-        checkpoints: Weights to load, by name.
+        checkpoints: Weights to load, by name. What training took is read from those of runs with a `CostMonitor`.
+        metrics: Metrics by name, each by `class_path` and `init_args`; chosen by the outputs if not given.
         seconds: How long to time each.
         output: Folder for report.md, .csv, .json, .html and, where matplotlib is installed, report.png.
 
@@ -69,8 +86,14 @@ def compare(
         raise ValueError(
             f"`checkpoints` must be of the models. Found {unknown[0]!r}. Models are: {', '.join(models)}."
         )
-    modules = {name: loaded(module, paths.get(name)) for name, module in models.items()}
-    report = so.compare(modules, data, seconds=seconds)
+    contents = {name: read(path) for name, path in paths.items()}
+    modules = {
+        name: fitted(module, contents[name], paths[name]) if name in paths else module
+        for name, module in models.items()
+    }
+    training = {name: cost for name, content in contents.items() if (cost := training_cost(content))}
+    chosen = None if metrics is None else MetricCollection(dict(metrics))
+    report = so.compare(modules, data, chosen, training=training, seconds=seconds)
     rich_print(report)
     if output is not None:
         write_tables(report, output, "report")
@@ -135,7 +158,8 @@ def distill(
         teacher: By `class_path` and `init_args`.
         student: Likewise.
         data: The LightningDataModule.
-        output: The student's checkpoint, which its own class loads.
+        output: The student's checkpoint, which its own class loads (`so.load_shrunk`, where `ChannelPruning` was at
+            work).
         teacher_checkpoint: The teacher's weights.
         loss: A loss on logits, or losses by the names of modules; `SoftTarget` if not given.
         alpha: The share of distillation in the loss, in [0, 1].
@@ -149,6 +173,7 @@ def distill(
     pl.Trainer(**(trainer or {}), callbacks=callbacks).fit(module, data)
     output.parent.mkdir(parents=True, exist_ok=True)
     module.export_student(output)
+    add_plan(output, callbacks or ())
     print(f"The student is in {output}.")
 
 
@@ -168,7 +193,7 @@ def sweep(
     timeout: float | None = None,
     storage: str | None = None,
 ) -> None:
-    """Train candidates a little and the best of them longer; write result.md, .csv, .json and .png.
+    """Train candidates a little and the best of them longer; write result.md, .csv, .json, .png and best.ckpt.
 
     Args:
         candidates: Modules by name, each by `class_path` and `init_args`.
@@ -192,20 +217,40 @@ def sweep(
     ).run(data)  # fmt: skip
     rich_print(result)
     write_tables(result, directory, "result")
+    checkpoint = result.best.checkpoint
+    if checkpoint is not None and checkpoint.is_file():  # a sharded one is a folder, and stays where it is
+        shutil.copyfile(checkpoint, directory / "best.ckpt")
 
 
 def doctor() -> None:
     """Print versions, devices and which optional packages are there."""
     table = Table("what", "found", title="lightning-structopt")
-    for name in ("lightning-structopt", "torch", "lightning", "torchmetrics", "optuna", "rich"):
+    table.add_row("lightning-structopt", so.__version__)
+    for name in ("torch", "lightning", "torchmetrics", "optuna", "rich"):
         table.add_row(name, version(name))
     table.add_row("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
     table.add_row("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads")
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     table.add_row("CUDA", ", ".join(gpus) or "no device")
-    for name in _EXTRAS:
-        table.add_row(f"{name} (optional)", _version_of(name))
+    for extra, packages in extras().items():
+        found = {name: _version_of(name) for name in packages}
+        missing = [name for name, has in found.items() if has == "no"]
+        there = ", ".join(f"{name} {has}" for name, has in found.items())
+        table.add_row(f"extra: {extra}", f"no: {', '.join(missing)} missing" if missing else there)
     rich_print(table)
+
+
+def extras() -> dict[str, list[str]]:
+    """Return what each extra for users wants, by what the installed package says of itself."""
+    found: dict[str, list[str]] = {}
+    for line in requires("lightning-structopt") or []:
+        wanted = Requirement(line)
+        # An extra of another package, such as lightning[pytorch-extra], stands for what of it is used here.
+        name = {"lightning": "jsonargparse"}.get(wanted.name, wanted.name) if wanted.extras else wanted.name
+        for extra in _EXTRAS:
+            if wanted.marker is not None and wanted.marker.evaluate({"extra": extra}):
+                found.setdefault(extra, []).append(name)
+    return found
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_structopt._precision import widened
-from lightning_structopt.profiling.quality import metrics_for, task_of
+from lightning_structopt.profiling.tasks import metrics_for, task_of
 
 Score: TypeAlias = Metric | Callable[[Tensor, Tensor], Any]
 Metrics: TypeAlias = Metric | MetricCollection | Mapping[str, Metric]

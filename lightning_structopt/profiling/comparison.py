@@ -11,7 +11,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_structopt.profiling.inputs import inputs_of
 from lightning_structopt.profiling.profiler import Profile, profile
 from lightning_structopt.profiling.quality import Predict, Quality, evaluate, predict_pair
-from lightning_structopt.profiling.report import ComparisonReport, Entry, lower_is_better
+from lightning_structopt.profiling.report import ComparisonReport, Entry
 from lightning_structopt.profiling.significance import difference
 from lightning_structopt.profiling.training_cost import TrainingCost
 
@@ -48,7 +48,7 @@ def compare(
             loader. It must give the same samples in the same order every time.
         metrics: What to score by; chosen by the outputs and targets if not given: for classes accuracy, precision,
             recall, F1, AUROC and calibration error; for numbers MSE, RMSE, MAE and R2; for pixels IoU; for tokens
-            accuracy and perplexity; for text BLEU and (where nltk is installed) ROUGE.
+            accuracy and perplexity; for text BLEU and ROUGE. Those given get what ``predict`` returns.
         predict: From module and batch to outputs and targets; for batches that are no pair of inputs and targets.
         example_input: What to profile with, as in :func:`profile`; the inputs of the first batch if not given.
         training: By name, the :class:`CostMonitor` or :class:`TrainingCost` of the run that trained a module.
@@ -79,7 +79,8 @@ def compare(
             found[name] = _measure(module, loader, metrics, predict, example_input, options)
             bar.advance(task)
     _require_one_sound(found)
-    return ComparisonReport(tuple(_with_pareto(_entries(found, costs))))
+    lower = next(result.quality.lower_is_better for result in found.values() if isinstance(result, _Sound))
+    return ComparisonReport(tuple(_with_pareto(_entries(found, costs), lower)), lower)
 
 
 def _costs(modules: Mapping[str, nn.Module], training: Mapping[str, Any]) -> dict[str, TrainingCost]:
@@ -168,9 +169,9 @@ def _entries(found: Mapping[str, _Sound | _Failed], costs: Mapping[str, Training
     return entries
 
 
-def _with_pareto(entries: list[Entry]) -> list[Entry]:
+def _with_pareto(entries: list[Entry], lower_is_better: frozenset[str]) -> list[Entry]:
     """Mark the modules that none beats in both the first metric and latency."""
-    sound = {entry.name: _points(entry) for entry in entries if entry.profile is not None}
+    sound = {entry.name: _points(entry, lower_is_better) for entry in entries if entry.profile is not None}
 
     def beaten(mine: tuple[float, float]) -> bool:
         return any(
@@ -180,7 +181,7 @@ def _with_pareto(entries: list[Entry]) -> list[Entry]:
     return [replace(e, is_pareto=e.name in sound and not beaten(sound[e.name])) for e in entries]
 
 
-def _points(entry: Entry) -> tuple[float, float]:
+def _points(entry: Entry, lower_is_better: frozenset[str]) -> tuple[float, float]:
     metric, value = next(iter(entry.metrics.items()))
     assert entry.profile is not None
-    return -value if lower_is_better(metric) else value, -entry.profile.latency_ms
+    return -value if metric in lower_is_better else value, -entry.profile.latency_ms

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from lightning_structopt._dtensors import local
 from lightning_structopt._undisturbed import plain_attention, undisturbed
+from lightning_structopt.profiling.following import following
 from lightning_structopt.profiling.inputs import Call
 
 Flops = dict[str, tuple[float, float]]
@@ -55,7 +56,7 @@ def count_flops(module: nn.Module, call: Call, nonzero: Mapping[nn.Parameter, in
     with ExitStack() as stack:
         for context in (undisturbed(module), _without_fused_recurrence(module), plain_attention()):
             stack.enter_context(context)
-        stack.enter_context(_following(module, where))
+        stack.enter_context(following(module, where.append, where.pop))
         # With gradients: without, torch's counter stumbles over a module that returns a parameter as it is.
         stack.enter_context(FlopCounterMode(display=False, custom_mapping=mapping))
         call(module)
@@ -76,27 +77,6 @@ def _densities(nonzero: Mapping[nn.Parameter, int]) -> dict[int, float]:
 
 def _storage(tensor: Any) -> int:
     return local(tensor).untyped_storage().data_ptr() if isinstance(tensor, Tensor) else 0
-
-
-@contextmanager
-def _following(module: nn.Module, where: list[str]) -> Iterator[None]:
-    """Keep the name of the submodule that runs on top of ``where``."""
-    handles = []
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda *_: where.append(name)
-
-    def leave(*_: Any) -> None:
-        where.pop()
-
-    try:
-        for name, part in module.named_modules():
-            handles.append(part.register_forward_pre_hook(enter(name), prepend=True))
-            handles.append(part.register_forward_hook(leave, always_call=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,10 +29,14 @@ class Call:
         """Run ``module``."""
         return module(*self.args, **self.kwargs)
 
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors among the arguments."""
+        return [leaf for leaf in tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
+
     @property
     def batch_size(self) -> int:
         """The size of dimension 0 of the first tensor; 0 where there is none."""
-        sizes = [len(t) for t in tree_leaves((self.args, dict(self.kwargs))) if _is_batch(t)]
+        sizes = [len(tensor) for tensor in self.tensors() if _is_batch(tensor)]
         return sizes[0] if sizes else 0
 
     def with_batch_size(self, size: int) -> "Call":
@@ -111,10 +116,16 @@ def _require_device(module: nn.Module, call: Call) -> None:
     Raises:
         ValueError: If they aren't.
     """
-    homes = {p.device.type for p in module.parameters()}
-    found = {t.device.type for t in tree_leaves((call.args, dict(call.kwargs))) if isinstance(t, Tensor)}
+    homes = {parameter.device for parameter in module.parameters()}
+    found = {tensor.device for tensor in call.tensors()}
     if len(homes) == 1 and found - homes:
         raise ValueError(
-            f"`example_input` must be on the module's device. Found {', '.join(sorted(found))} for a module on "
-            f"{homes.pop()}. Move one of them with `.to(...)`."
+            f"`example_input` must be on the module's device. Found {', '.join(sorted(map(str, found)))} for a module "
+            f"on {homes.pop()}. Move one of them with `.to(...)`."
         )
+
+
+def gpu_of(module: nn.Module, call: Call) -> torch.device | None:
+    """Return the first GPU that the module or its arguments are on; None if there is none."""
+    tensors = chain(module.parameters(), call.tensors())
+    return next((tensor.device for tensor in tensors if tensor.device.type == "cuda"), None)

@@ -1,5 +1,6 @@
 """How long a forward pass takes."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import quantiles
@@ -9,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from lightning_structopt._checks import require_whole
+from lightning_structopt._checks import require_in, require_whole
 from lightning_structopt._undisturbed import evaluating
-from lightning_structopt.profiling.inputs import as_call
+from lightning_structopt.profiling.inputs import as_call, gpu_of
 
 _WARM_UP = 3
 
@@ -74,9 +75,14 @@ def latency(
     call = call if batch_size is None else call.with_batch_size(batch_size)
     threads = torch.get_num_threads() if threads is None else threads
     require_whole("threads", threads, 1)
-    on_gpu = any(parameter.device.type == "cuda" for parameter in module.parameters())
+    require_in("seconds", seconds, 0, math.inf, closed="neither")
+    gpu = gpu_of(module, call)
     with evaluating(module), torch.inference_mode():
-        times = (_gpu_times if on_gpu else _cpu_times)(lambda: call(module), threads, seconds)
+        times = (
+            _cpu_times(lambda: call(module), threads, seconds)
+            if gpu is None
+            else _gpu_times(lambda: call(module), gpu, seconds)
+        )
     lower, middle, upper = quantiles(times, n=4, method="inclusive") if len(times) > 1 else 3 * times
     return Latency(call.batch_size, threads, 1000 * middle, (1000 * lower, 1000 * upper), len(times))
 
@@ -87,15 +93,18 @@ def _cpu_times(run: Callable[[], Any], threads: int, seconds: float) -> list[flo
     return timer.blocked_autorange(min_run_time=seconds).times
 
 
-def _gpu_times(run: Callable[[], Any], threads: int, seconds: float) -> list[float]:
-    for _ in range(_WARM_UP):
-        run()
+def _gpu_times(run: Callable[[], Any], gpu: torch.device, seconds: float) -> list[float]:
     times: list[float] = []
-    while sum(times) < seconds:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
+    with torch.cuda.device(gpu):  # events are recorded on the current device's stream
+        for _ in range(_WARM_UP):
+            run()
+        spent = 0.0
+        while spent < seconds:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+            spent += times[-1]
     return times

@@ -1,6 +1,7 @@
 """The most memory that a forward pass or a training step holds besides the module itself."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,18 +12,25 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_structopt._undisturbed import undisturbed
-from lightning_structopt.profiling.inputs import Call
+from lightning_structopt.profiling.following import following
+from lightning_structopt.profiling.inputs import Call, gpu_of
 
 
-def forward_bytes(module: nn.Module, call: Call) -> int:
-    """Return the peak of memory of a forward pass without gradients: activations that live at the same time."""
+def forward_bytes(module: nn.Module, call: Call) -> tuple[int, dict[str, int]]:
+    """Return the memory of a forward pass without gradients.
+
+    Returns:
+        The peak, that is of activations that live at the same time; and by the name of the submodule, what its own
+        operators bring about, whether or not it lives on.
+    """
+    allocations = _Allocations()
 
     def run() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), following(module, allocations.where.append, allocations.where.pop):
             call(module)
 
     with undisturbed(module):
-        return _peak(module, call, run)
+        return _peak(module, call, run, allocations), dict(allocations.by_name)
 
 
 def training_bytes(module: nn.Module, call: Call) -> int:
@@ -41,19 +49,20 @@ def training_bytes(module: nn.Module, call: Call) -> int:
             torch.autograd.grad(loss, trained, allow_unused=True)
 
     with undisturbed(module):
-        return _peak(module, call, run)
+        return _peak(module, call, run, _Allocations())
 
 
-def _peak(module: nn.Module, call: Call, run: Callable[[], None]) -> int:
-    device = next((p.device for p in module.parameters() if p.device.type == "cuda"), None)
+def _peak(module: nn.Module, call: Call, run: Callable[[], None], allocations: "_Allocations") -> int:
+    device = gpu_of(module, call)
     if device is None:
-        with _Allocations() as allocations:
+        with allocations:
             run()
-        return int(allocations.peak)
+        return allocations.peak
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    run()
+    with allocations:
+        run()
     torch.cuda.synchronize(device)
     return int(torch.cuda.max_memory_allocated(device) - before)
 
@@ -67,6 +76,8 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
+        self.where = [""]  # names of the submodules that are running, the innermost last
+        self.by_name: Counter[str] = Counter()
         self._now = 0
         self._alive: set[int] = set()
 
@@ -86,6 +97,7 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._alive.add(place)
         self._now += storage.nbytes()
+        self.by_name[self.where[-1]] += storage.nbytes()
         self.peak = max(self.peak, self._now)
         weakref.finalize(storage, self._remove, place, storage.nbytes())
 

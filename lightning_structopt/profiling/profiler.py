@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,18 @@ from rich.table import Table
 from torch import nn
 from typing_extensions import override
 
+from lightning_structopt._checks import require_in, require_whole
 from lightning_structopt.profiling.flops import count_flops
 from lightning_structopt.profiling.inputs import Call, as_call
 from lightning_structopt.profiling.latency import Latency, latency
+from lightning_structopt.profiling.layer_times import layer_ms
 from lightning_structopt.profiling.loggers import Content, log_content
 from lightning_structopt.profiling.memory import forward_bytes, training_bytes
 from lightning_structopt.profiling.tabular import Tabular
 from lightning_structopt.profiling.weights import count_nonzero, own_tensors, saved_bytes, size_bytes
 
-_TOTALS = ("parameters", "trainable", "nonzero", "size_bytes", "flops", "effective_flops")
-_COLUMNS = ("layer", "kind", "parameters", "nonzero", "bytes", "FLOPs", "effective")
+_TOTALS = ("parameters", "trainable", "nonzero", "size_bytes", "flops", "effective_flops", "activation_bytes")
+_COLUMNS = ("layer", "kind", "parameters", "nonzero", "size", "FLOPs", "effective", "activations", "ms")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,9 @@ class LayerCost:
         size_bytes: Bytes of parameters and buffers in memory.
         flops: Floating-point operations of one forward pass.
         effective_flops: Those that are left when multiplications by a zero weight are not counted.
+        activation_bytes: Bytes that its operators bring about in a forward pass, whether or not they live on.
+        latency_ms: Median time of its operators in a forward pass, with the threads that PyTorch uses now. Hooks around
+            each layer take their own time, so the layers' sum is more than the latency of the whole.
     """
 
     name: str
@@ -46,6 +52,8 @@ class LayerCost:
     size_bytes: int
     flops: int
     effective_flops: float
+    activation_bytes: int
+    latency_ms: float
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Profile(Tabular):
     """What a module costs.
 
     Args:
-        layers: Every submodule that has parameters or operations of its own.
+        layers: Every submodule that has parameters, buffers, operations or activations of its own.
         saved_bytes: Bytes of the state dict as ``torch.save`` writes it.
         compressed_bytes: Bytes of that, deflated.
         forward_bytes: Peak of memory of a forward pass, besides the module and its input.
@@ -101,6 +109,11 @@ class Profile(Tabular):
         return sum(layer.effective_flops for layer in self.layers)
 
     @property
+    def activation_bytes(self) -> int:
+        """Bytes that operators bring about in a forward pass: all of them, not only those that live at once."""
+        return sum(layer.activation_bytes for layer in self.layers)
+
+    @property
     def latency_ms(self) -> float:
         """The median time of a forward pass, in the first of the settings that were timed."""
         return self.latencies[0].median_ms
@@ -146,9 +159,10 @@ class Profile(Tabular):
     def table(self) -> Table:
         """Return the layers and their total as a table."""
         caption = [
-            f"{self.trainable:,} trainable; saved {_size(self.saved_bytes)}, compressed {_size(self.compressed_bytes)}",
-            f"memory of a pass over {self.batch_size} samples: {_size(self.forward_bytes)}"
-            + ("" if self.training_bytes is None else f", to train {_size(self.training_bytes)}"),
+            f"{self.trainable:,} trainable; saved {_short(self.saved_bytes)}B, "
+            f"compressed {_short(self.compressed_bytes)}B",
+            f"memory of a pass over {self.batch_size} samples: {_short(self.forward_bytes)}B"
+            + ("" if self.training_bytes is None else f", to train {_short(self.training_bytes)}B"),
             *(
                 f"{t.median_ms:.3g} ms ({t.quartiles_ms[0]:.3g} to {t.quartiles_ms[1]:.3g}) for {t.batch_size} "
                 f"samples on {t.threads} threads"
@@ -202,30 +216,35 @@ def profile(
         >>> found.parameters, found.flops, found.size_bytes
         (1010, 16000, 4040)
     """
+    settings = [
+        {"batch_size": size, "threads": count}
+        for size in _listed("batch_sizes", batch_sizes)
+        for count in _listed("threads", threads)
+    ]
+    require_in("seconds", seconds, 0, math.inf, closed="neither")
     call = as_call(module, example_input)
-    costs = tuple(_layers(module, call))
+    peak, activations = forward_bytes(module, call)
+    costs = tuple(_layers(module, call, activations, layer_ms(module, call, seconds / 2)))
     saved, compressed = saved_bytes(module)
     return Profile(
         layers=costs,
         saved_bytes=saved,
         compressed_bytes=compressed,
-        forward_bytes=forward_bytes(module, call),
+        forward_bytes=peak,
         training_bytes=training_bytes(module, call) if training else None,
-        latencies=tuple(
-            latency(module, example_input, batch_size=size, threads=count, seconds=seconds)
-            for size in _listed(batch_sizes)
-            for count in _listed(threads)
-        ),
+        latencies=tuple(latency(module, example_input, **each, seconds=seconds) for each in settings),
         batch_size=call.batch_size,
     )
 
 
-def _layers(module: nn.Module, call: Call) -> Iterable[LayerCost]:
+def _layers(
+    module: nn.Module, call: Call, activations: Mapping[str, int], times: Mapping[str, float]
+) -> Iterable[LayerCost]:
     count_of = {parameter: count_nonzero(parameter) for parameter in module.parameters()}
     flops = count_flops(module, call, count_of)
     for name, part, parameters, buffers in own_tensors(module):
         dense, effective = flops.get(name, (0, 0.0))
-        if parameters or buffers or dense:
+        if parameters or buffers or dense or activations.get(name):
             yield LayerCost(
                 name=name,
                 kind=type(part).__name__,
@@ -235,21 +254,44 @@ def _layers(module: nn.Module, call: Call) -> Iterable[LayerCost]:
                 size_bytes=sum(map(size_bytes, [*parameters, *buffers])),
                 flops=int(dense),
                 effective_flops=effective,
+                activation_bytes=activations.get(name, 0),
+                latency_ms=times.get(name, 0.0),
             )
 
 
-def _listed(values: int | Iterable[int] | None) -> Sequence[int | None]:
-    return list(values) if isinstance(values, Iterable) else [values]
+def _listed(name: str, values: int | Iterable[int] | None) -> Sequence[int | None]:
+    """Return each of ``values``, of which None stands for what is there already.
+
+    Raises:
+        TypeError: If one is not a whole number.
+        ValueError: If there are none, or one is below 1.
+    """
+    listed = list(values) if isinstance(values, Iterable) else [values]
+    if not listed:
+        raise ValueError(
+            f"`{name}` must have at least one number. Found none. Leave it out for the present one."
+        )
+    for value in listed:
+        if value is not None:
+            require_whole(name, value, 1)
+    return listed
 
 
 def _numbers(cost: LayerCost | Profile) -> list[str]:
-    counts = (cost.parameters, cost.nonzero, cost.size_bytes, cost.flops, round(cost.effective_flops))
-    return [f"{count:,}" for count in counts]
+    return [
+        f"{cost.parameters:,}",
+        f"{cost.nonzero:,}",
+        f"{_short(cost.size_bytes)}B",
+        _short(cost.flops),
+        _short(cost.effective_flops),
+        f"{_short(cost.activation_bytes)}B",
+        f"{cost.latency_ms:.3g}",
+    ]
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
+def _short(count: float) -> str:
+    """Return three digits and a unit: 36.9 k, 1.25 G."""
+    units = ["", "k", "M", "G", "T"]
+    while count >= 999.5 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.3g} {units[0]}"

@@ -1,37 +1,18 @@
 """How good a module is on data: torchmetrics for the whole, and one number for each sample to compare by."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import (
-    BinaryAccuracy,
-    BinaryAUROC,
-    BinaryCalibrationError,
-    BinaryF1Score,
-    BinaryPrecision,
-    BinaryRecall,
-    MulticlassAccuracy,
-    MulticlassAUROC,
-    MulticlassCalibrationError,
-    MulticlassF1Score,
-    MulticlassJaccardIndex,
-    MulticlassPrecision,
-    MulticlassRecall,
-)
-from torchmetrics.regression import MeanAbsoluteError, MeanSquaredError, R2Score
-from torchmetrics.text import BLEUScore, Perplexity, ROUGEScore
-from torchmetrics.utilities.imports import _NLTK_AVAILABLE
-from typing_extensions import override
 
 from lightning_structopt._devices import device_of, moved
 from lightning_structopt._undisturbed import evaluating
+from lightning_structopt.profiling.tasks import as_metrics_want, by_sample, described, metrics_for, task_of
 
 Predict = Callable[[nn.Module, Any], tuple[Any, Any]]
-_IGNORED = -100  # the target that losses and perplexity pass over
 
 
 @dataclass(frozen=True)
@@ -40,15 +21,17 @@ class Quality:
 
     Args:
         task: What the outputs and targets look like: ``"multiclass"``, ``"binary"``, ``"segmentation"``,
-            ``"tokens"``, ``"regression"`` or ``"text"``.
+            ``"tokens"``, ``"regression"`` or ``"text"``; None for others, which need metrics of their own.
         metrics: The metrics by name.
+        lower_is_better: Those of them of which less is better, as they say themselves.
         samples: (samples,) by which two modules are compared: 1 where a class is right and 0 where it is wrong, the
-            share of right pixels or tokens, or the squared error; empty for text.
+            share of right pixels or tokens, the squared error, or a line's BLEU; empty where there is no task.
         first_batch: The first batch, to profile with.
     """
 
-    task: str
+    task: str | None
     metrics: dict[str, float]
+    lower_is_better: frozenset[str]
     samples: Tensor
     first_batch: Any
 
@@ -86,155 +69,83 @@ def evaluate(
 
     Raises:
         TypeError: If a batch is not what ``predict`` takes.
-        ValueError: If there are no batches, or no metrics are known for such outputs and targets.
+        ValueError: If there are no batches, no metrics are known for such outputs and targets, or those given don't
+            fit them.
     """
     device = device_of(module)
     scored: MetricCollection | None = None
     samples: list[Tensor] = []
-    task, first, order = "", None, list[str]()
+    task, first, order = None, None, list[str]()
     with evaluating(module):
         for batch in loader:
             batch = moved(batch, device)
             outputs, target = predict(module, batch)
             if scored is None:
-                task, first = task_of(outputs, target), batch
-                chosen = metrics_for(task, outputs) if metrics is None else metrics
+                task, first = _task(outputs, target, metrics), batch
+                chosen = metrics_for(task, outputs) if metrics is None and task is not None else metrics
                 order = list(chosen) if isinstance(chosen, dict) else []
                 scored = _collection(chosen).to(device)
-            outputs, target = _as_metrics_want(task, outputs, target)
-            scored.update(outputs, target)
-            samples.append(_by_sample(task, outputs, target).cpu())
+            wanted = as_metrics_want(task, outputs, target)
+            # A metric for text of one's own may want its references in another form than BLEU does.
+            _update(scored, *(wanted if metrics is None or task != "text" else (outputs, target)))
+            samples.append(by_sample(task, *wanted).cpu())
     if scored is None:
         raise ValueError("The data must have at least one batch. Found none. Check the loader.")
-    values = scored.compute()
     # Collections sort by name; the first metric is the one that counts.
-    names = sorted(values, key=lambda name: order.index(name) if name in order else len(order))
-    found = {name: float(values[name]) for name in names if values[name].numel() == 1}
-    return Quality(task, found, torch.cat(samples), first)
+    values = sorted(
+        scored.compute().items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)
+    )
+    found = {name: number for key, value in values for name, number in _numbers(key, value)}
+    falling = {name for name, metric in scored.items() if metric.higher_is_better is False}
+    lower = frozenset(name for name in found if name.partition("[")[0] in falling)
+    return Quality(task, found, lower, torch.cat(samples), first)
 
 
-def _collection(metrics: Metric | MetricCollection | dict[str, Metric]) -> MetricCollection:
+def _task(outputs: Any, target: Any, metrics: Metric | MetricCollection | None) -> str | None:
+    """Return the task; where it can't be told, metrics of one's own know what to do.
+
+    Raises:
+        ValueError: If it can't be told and there are no metrics.
+    """
+    try:
+        return task_of(outputs, target)
+    except ValueError:
+        if metrics is None:
+            raise
+        return None
+
+
+def _update(metrics: MetricCollection, outputs: Any, target: Any) -> None:
+    """Give a batch to ``metrics``.
+
+    Raises:
+        ValueError: If they don't fit.
+    """
+    try:
+        metrics.update(outputs, target)
+    except Exception as error:  # metrics have many ways to say so
+        names = ", ".join(type(metric).__name__ for metric in metrics.values())
+        raise ValueError(
+            f"Metrics must fit what the module gives. Found {described(outputs, target)} for {names}, which say "
+            f"{' '.join(str(error).split()) or type(error).__name__} Give metrics of that task, or `predict`, which "
+            "returns outputs and targets as they want them."
+        ) from error
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Yield a metric's value under its name; of several values, such as one for each class, each with its index."""
+    if not isinstance(value, Tensor) or value.numel() == 1:
+        yield name, float(value)
+        return
+    for index, each in enumerate(value.flatten().tolist()):
+        yield f"{name}[{index}]", each
+
+
+def _collection(metrics: Metric | MetricCollection | dict[str, Metric] | None) -> MetricCollection:
     """Return a collection of fresh copies."""
     if isinstance(metrics, dict):
         return MetricCollection(dict(metrics))
+    assert metrics is not None
     metrics = metrics.clone()
     metrics.reset()
     return metrics if isinstance(metrics, MetricCollection) else MetricCollection([metrics])
-
-
-def task_of(outputs: Any, target: Any) -> str:
-    """Tell by their shapes and types what ``outputs`` and ``target`` are about.
-
-    Raises:
-        ValueError: If it can't be told.
-    """
-    if isinstance(outputs, (list, tuple)) and outputs and isinstance(outputs[0], str):
-        return "text"
-    if isinstance(outputs, Tensor) and isinstance(target, Tensor) and outputs.is_floating_point():
-        if target.is_floating_point() and outputs.numel() == target.numel():
-            return "regression"
-        if not target.is_floating_point():
-            if outputs.numel() == target.numel():
-                return "binary"
-            if target.dim() == 1 and outputs.dim() == 2:
-                return "multiclass"
-            if target.dim() == 2 and outputs.shape[:2] == target.shape and outputs.dim() == 3:
-                return "tokens"
-            if target.dim() == outputs.dim() - 1 and outputs.shape[2:] == target.shape[1:]:
-                return "segmentation"
-    raise ValueError(
-        f"`metrics` can be chosen for classes, numbers, pixels, tokens and text. Found outputs {_kind(outputs)} and "
-        f"targets {_kind(target)}. Give `metrics`, and `predict` if outputs need a change."
-    )
-
-
-def metrics_for(task: str, outputs: Any) -> dict[str, Metric]:
-    """Return what is usual for ``task``, for outputs of the shape of ``outputs``."""
-    if task == "binary":
-        return {
-            "accuracy": BinaryAccuracy(),
-            "precision": BinaryPrecision(),
-            "recall": BinaryRecall(),
-            "F1": BinaryF1Score(),
-            "AUROC": BinaryAUROC(thresholds=200),
-            "calibration error": BinaryCalibrationError(),
-        }
-    if task == "regression":
-        return {
-            "MSE": MeanSquaredError(),
-            "RMSE": MeanSquaredError(squared=False),
-            "MAE": MeanAbsoluteError(),
-            "R2": R2Score(),
-        }
-    if task == "tokens":
-        classes = outputs.shape[2]
-        by_token = _TokenAccuracy(classes, average="micro", ignore_index=_IGNORED)
-        return {"accuracy": by_token, "perplexity": Perplexity(ignore_index=_IGNORED)}
-    if task == "text":
-        scores: dict[str, Metric] = {"BLEU": BLEUScore()}
-        if _NLTK_AVAILABLE:
-            scores["ROUGE"] = ROUGEScore(rouge_keys=("rouge1", "rougeL"))
-        return scores
-    classes = outputs.shape[1]
-    if task == "segmentation":
-        accuracy = MulticlassAccuracy(classes, average="micro")
-        return {"IoU": MulticlassJaccardIndex(classes), "accuracy": accuracy}
-    return {
-        "accuracy": MulticlassAccuracy(classes, average="micro"),
-        "precision": MulticlassPrecision(classes),
-        "recall": MulticlassRecall(classes),
-        "F1": MulticlassF1Score(classes),
-        "AUROC": MulticlassAUROC(classes, thresholds=200),
-        "calibration error": MulticlassCalibrationError(classes),
-    }
-
-
-class _TokenAccuracy(MulticlassAccuracy):
-    """Takes the vocabulary as the last dimension, as perplexity does."""
-
-    @override
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        super().update(preds.transpose(1, 2), target)
-
-
-def _as_metrics_want(task: str, outputs: Any, target: Any) -> tuple[Any, Any]:
-    if task == "text":
-        return outputs, [[line] if isinstance(line, str) else line for line in target]
-    if task in {"binary", "regression"}:
-        outputs = outputs.reshape(target.shape)
-    if task == "binary":
-        target = target.long()
-    return outputs.float(), target
-
-
-def _by_sample(task: str, outputs: Any, target: Any) -> Tensor:
-    """Return one number for each sample; see :class:`Quality`."""
-    if task == "text":
-        return torch.empty(0)
-    if task == "regression":
-        errors: Tensor = (outputs - target).square()
-        return errors.flatten(1).mean(1) if errors.dim() > 1 else errors
-    if task == "binary":
-        right = ((outputs > _threshold(outputs)).long() == target).float()
-    elif task == "tokens":
-        counted = (target != _IGNORED).float()
-        right = (
-            (outputs.argmax(2) == target).float() * counted / counted.mean(1, keepdim=True).clamp_min(1e-9)
-        )
-    else:
-        right = (outputs.argmax(1) == target).float()
-    samples: Tensor = right.flatten(1).mean(1) if right.dim() > 1 else right
-    return samples
-
-
-def _threshold(outputs: Tensor) -> float:
-    """Return where torchmetrics cuts: at 0.5 if all outputs are probabilities, else at the logit 0."""
-    return 0.5 if bool(((outputs >= 0) & (outputs <= 1)).all()) else 0.0
-
-
-def _kind(value: Any) -> str:
-    return (
-        f"{tuple(value.shape)} of {value.dtype}"
-        if isinstance(value, Tensor)
-        else f"a `{type(value).__name__}`"
-    )

@@ -17,7 +17,6 @@ from lightning_structopt.profiling.significance import Difference
 from lightning_structopt.profiling.tabular import Tabular, as_csv, as_markdown, written
 from lightning_structopt.profiling.training_cost import TrainingCost
 
-_LOWER_IS_BETTER = {"MSE", "RMSE", "MAE", "perplexity", "calibration error", "loss"}
 _COSTS: dict[str, Callable[[Profile], float]] = {
     "parameters": lambda found: found.parameters,
     "nonzero": lambda found: found.nonzero,
@@ -27,11 +26,12 @@ _COSTS: dict[str, Callable[[Profile], float]] = {
     "effective FLOPs": lambda found: found.effective_flops,
     "latency (ms)": lambda found: found.latency_ms,
 }
-
-
-def lower_is_better(metric: str) -> bool:
-    """Tell whether less of ``metric`` is better."""
-    return metric in _LOWER_IS_BETTER
+_TRAINING: dict[str, Callable[[TrainingCost], float]] = {
+    "training (s)": lambda cost: cost.seconds,
+    "samples/s": lambda cost: cost.samples_per_second,
+    "epochs": lambda cost: cost.epochs,
+    "training peak (bytes)": lambda cost: cost.peak_bytes,
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Entry:
         name: Its name.
         metrics: Its quality by metric; empty if it failed.
         profile: Its costs; None if it failed.
-        against_first: How its samples differ from those of the first module; None for the first and for text.
+        against_first: How its samples differ from those of the first module; None for the first, and where metrics are
+            of one's own for outputs of no known kind.
         training: What its training cost, where that was given.
         is_pareto: Whether no other module is at least as good in the first metric and as fast, and better in one.
         failure: Why it has no figures.
@@ -63,6 +64,13 @@ class Entry:
             {} if self.profile is None else {name: float(cost(self.profile)) for name, cost in _COSTS.items()}
         )
 
+    @property
+    def trained(self) -> dict[str, str]:
+        """What training it took, by name, as the report shows it; empty if that wasn't given."""
+        if self.training is None:
+            return {}
+        return {name: _number(cost(self.training)) for name, cost in _TRAINING.items()}
+
 
 @dataclass(frozen=True)
 class ComparisonReport(Tabular):
@@ -70,9 +78,11 @@ class ComparisonReport(Tabular):
 
     Args:
         entries: One for each module, in the order given.
+        lower_is_better: Names of the metrics of which less is better.
     """
 
     entries: tuple[Entry, ...]
+    lower_is_better: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> Entry:
         return next(entry for entry in self.entries if entry.name == name)
@@ -85,7 +95,7 @@ class ComparisonReport(Tabular):
         """
         metrics = list(self.reference.metrics)
         trained = any(entry.training for entry in self.entries)
-        header = ["model", *metrics, *_COSTS, *(["training (s)"] if trained else []), "note"]
+        header = ["model", *metrics, *_COSTS, *(_TRAINING if trained else []), "note"]
         return header, [list(self._cells(entry, metrics, trained)) for entry in self.entries]
 
     @property
@@ -99,7 +109,7 @@ class ComparisonReport(Tabular):
         for value, against, _ in [*cells, *(self._cost(entry, cost) for cost in _COSTS)]:
             yield f"{value} ({against})" if against else value
         if trained:
-            yield "" if entry.training is None else f"{entry.training.seconds:.1f}"
+            yield from (entry.trained.get(name, "") for name in _TRAINING)
         yield "Pareto" if entry.is_pareto else entry.failure or ""
 
     @override
@@ -134,7 +144,7 @@ class ComparisonReport(Tabular):
         """Return one row of plain numbers for each module as CSV, and write it to ``path`` if given."""
         rows = [
             {"model": entry.name, **entry.metrics, **entry.costs}
-            | ({} if entry.training is None else {"training_seconds": entry.training.seconds})
+            | _training_figures(entry)
             | {"pareto": entry.is_pareto, "failure": entry.failure or ""}
             for entry in self.entries
         ]
@@ -161,7 +171,11 @@ class ComparisonReport(Tabular):
         metrics = {
             f"{entry.name}/{figure}": value
             for entry in self.entries
-            for figure, value in [*entry.metrics.items(), *entry.costs.items()]
+            for figure, value in [
+                *entry.metrics.items(),
+                *entry.costs.items(),
+                *_training_figures(entry).items(),
+            ]
         }
         log_content(logger, name, Content({step: metrics}, *self.rows(), self._drawn()), step)
 
@@ -206,8 +220,11 @@ class ComparisonReport(Tabular):
         costs = [(name, [self._cost(entry, name) for entry in self.entries]) for name in _COSTS]
         groups: list[tuple[str, Sequence[Row]]] = [("Quality", quality), ("Cost", costs)]
         if any(entry.training for entry in self.entries):
-            seconds = [f"{e.training.seconds:.1f}" if e.training else "" for e in self.entries]
-            groups.append(("Training", [("seconds", [(each, "", "") for each in seconds])]))
+            training = [
+                (name, [(entry.trained.get(name, ""), "", "") for entry in self.entries])
+                for name in _TRAINING
+            ]
+            groups.append(("Training", training))
         title = f"Against {self.reference.name}"
         return written(page(title, models, groups, self._notes().splitlines(), self._svg()), path)
 
@@ -220,7 +237,7 @@ class ComparisonReport(Tabular):
             return f"{value:.4f}", "", ""
         tested = entry.against_first if metric == next(iter(first.metrics)) else None
         star = "*" if tested is not None and tested.is_significant else ""
-        return f"{value:.4f}", f"{gap:+.4f}{star}", _kind(-gap if lower_is_better(metric) else gap)
+        return f"{value:.4f}", f"{gap:+.4f}{star}", _kind(-gap if metric in self.lower_is_better else gap)
 
     def _cost(self, entry: Entry, cost: str) -> Cell:
         if entry.profile is None:
@@ -244,6 +261,11 @@ class ComparisonReport(Tabular):
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg")
         return drawn.getvalue().partition("<svg")[2].join(["<svg", ""])
+
+
+def _training_figures(entry: Entry) -> dict[str, float]:
+    cost = entry.training
+    return {} if cost is None else {f"training_{name}": value for name, value in cost.figures().items()}
 
 
 def _kind(gain: float) -> str:

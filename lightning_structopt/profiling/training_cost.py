@@ -1,6 +1,6 @@
 """What a training run took."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -25,3 +25,7 @@ class TrainingCost:
     def samples_per_second(self) -> float:
         """The throughput, validation included."""
         return self.samples / self.seconds if self.seconds else 0.0
+
+    def figures(self) -> dict[str, float]:
+        """Return all of it by name, the throughput included."""
+        return asdict(self) | {"samples_per_second": self.samples_per_second}

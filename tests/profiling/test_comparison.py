@@ -17,7 +17,10 @@ import pytest
 import torch
 from support import Classifier, dataset, loader, trainer
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanSquaredError, Metric, MetricCollection, R2Score
+from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall
+from torchmetrics.functional.text import bleu_score
+from torchmetrics.text import WordErrorRate
 
 from lightning_structopt.profiling import CostMonitor, TrainingCost, compare
 from lightning_structopt.profiling.quality import evaluate, task_of
@@ -123,6 +126,110 @@ def test_text() -> None:
         example_input=torch.zeros(1, 2),
     )
     assert report["it"].metrics["BLEU"] == pytest.approx(1.0)
+    assert report["it"].metrics["rougeL_fmeasure"] == pytest.approx(1.0)
+
+
+class Line(nn.Linear):
+    """Says the same to everything."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(1, 1)
+        self.line = line
+
+
+def test_lines_of_text_are_compared_one_by_one() -> None:
+    known = ["the cat sat on the mat", "the cat sat on the rug"]
+    report = quick(
+        {"good": Line(known[0]), "bad": Line("nothing at all")},
+        [(torch.zeros(2, 1), known)] * 5,
+        predict=lambda module, batch: ([module.line] * 2, batch[1]),
+        example_input=torch.zeros(1, 1),
+    )
+    by_hand = [bleu_score([known[0]], [[line]], smooth=True) for line in known]
+    worst = [bleu_score(["nothing at all"], [[line]], smooth=True) for line in known]
+    gap = report["bad"].against_first
+    assert gap.mean == pytest.approx(float(sum(worst) - sum(by_hand)) / 2, abs=1e-6)
+    assert gap.is_significant
+    assert gap.p_value is None
+
+
+def test_text_metrics_of_ones_own_get_lines_as_they_are() -> None:
+    report = quick(
+        {"it": Line("the cat sat")},
+        [(torch.zeros(1, 1), ["the cat sat on"])],
+        metrics=WordErrorRate(),
+        predict=lambda module, batch: ([module.line], batch[1]),
+        example_input=torch.zeros(1, 1),
+    )
+    assert report["it"].metrics == {"WordErrorRate": pytest.approx(0.25)}
+
+
+def test_pixels_that_nobody_labelled_do_not_count() -> None:
+    target = torch.randint(3, (1, 4, 4))
+    scores = nn.functional.one_hot(target, 3).permute(0, 3, 1, 2).float()
+    for void in (255, -100):
+        labelled = target.clone()
+        labelled[:, :2] = void
+        found = quick({"it": Scores(scores)}, [(torch.zeros(1, 4), labelled)])["it"]
+        assert found.metrics == {"IoU": 1.0, "accuracy": 1.0}
+
+
+class Boxes(nn.Linear):
+    """Gives what no task is known for."""
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        return {"boxes": super().forward(inputs)}
+
+
+class Count(Metric):
+    """Counts boxes; less is better."""
+
+    higher_is_better = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("count", torch.tensor(0.0))
+
+    def update(self, preds: dict[str, Tensor], target: Any) -> None:
+        self.count += len(preds["boxes"])
+
+    def compute(self) -> Tensor:
+        return self.count
+
+
+def test_metrics_of_ones_own_take_outputs_of_any_kind() -> None:
+    report = quick(
+        {"one": Boxes(2, 4), "two": Boxes(2, 4)}, [(torch.zeros(3, 2), "any")] * 2, metrics=Count()
+    )
+    assert report["two"].metrics == {"Count": 6.0}
+    assert report["two"].against_first is None
+    with pytest.raises(ValueError, match="can be chosen for .* outputs a `dict` and targets a `str`"):
+        quick({"one": Boxes(2, 4)}, [(torch.zeros(3, 2), "any")])
+
+
+def test_of_some_metrics_less_is_better() -> None:
+    """The worse one is slower as well, so only the exact one is on the front."""
+    inputs = torch.randn(40, 3)
+    exact, rough = nn.Linear(3, 1), nn.Sequential(*(nn.Linear(3, 3) for _ in range(60)), nn.Linear(3, 1))
+    data = [(inputs, exact(inputs).detach().squeeze(1))]
+    metrics = MetricCollection({"squares": MeanSquaredError(), "R2": R2Score()})
+    for given in (None, MeanSquaredError(), metrics):
+        report = quick({"exact": exact, "rough": rough}, data, metrics=given, seconds=0.02)
+        assert [entry.is_pareto for entry in report.entries] == [True, False]
+    assert report.lower_is_better == {"squares"}
+    assert report.to_html().count('class="better"') == 0
+
+
+def test_a_metric_by_class_has_a_row_for_each() -> None:
+    found = quick({"it": Classifier()}, loader(), metrics=MulticlassRecall(4, average=None))["it"].metrics
+    assert list(found) == [f"MulticlassRecall[{c}]" for c in range(4)]
+
+
+def test_metrics_of_another_task_say_what_they_got() -> None:
+    with pytest.raises(
+        ValueError, match=r"Found outputs \(8, 4\) of torch.float32 .* for MeanSquaredError, which say"
+    ):
+        quick({"it": Classifier()}, loader(), metrics=MeanSquaredError())
 
 
 def test_a_metric_of_ones_own_is_left_as_it_was() -> None:
@@ -231,7 +338,10 @@ def test_reports_read_back(tmp_path: Path, classifiers: Any) -> None:
     assert data[1]["profile"]["batch_size"] == 8
     header, rule, *lines = report.to_markdown(tmp_path / "report.md").splitlines()
     assert header.count("|") == rule.count("|") == lines[0].count("|") == lines[1].count("|")
-    assert "training (s)" in header
+    assert all(name in header for name in ("training (s)", "samples/s", "epochs", "training peak (bytes)"))
+    assert float(rows[1]["training_samples_per_second"]) == monitor.cost.samples_per_second
+    assert rows[0]["training_epochs"] == ""
+    assert rows[1]["training_epochs"] == "6"
     assert "*" in lines[1]
     assert all((tmp_path / f"report.{kind}").stat().st_size > 100 for kind in ("csv", "json", "md"))
     assert "trained" in str(report)

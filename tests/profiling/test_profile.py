@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from support import Classifier, assert_same_state
+from support import Classifier, assert_same_state, run_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lightning_structopt.profiling import Profile, latency, profile
 from lightning_structopt.profiling.inputs import as_call
@@ -103,7 +105,7 @@ def test_saved_bytes_are_those_of_the_file(tmp_path: Path) -> None:
 def test_memory_of_a_chain_is_its_two_largest_neighbours() -> None:
     chain = nn.Sequential(*(nn.Linear(a, b, bias=False) for a, b in ((10, 100), (100, 400), (400, 20))))
     call = as_call(chain, torch.ones(8, 10))
-    assert forward_bytes(chain, call) == 4 * 8 * (100 + 400)
+    assert forward_bytes(chain, call)[0] == 4 * 8 * (100 + 400)
     # To train, activations stay until they have served, and the gradients of the weights come.
     weights = sum(p.numel() for p in chain.parameters())
     kept = 4 * 8 * (100 + 400 + 20)
@@ -118,7 +120,41 @@ def test_memory_is_given_back() -> None:
             return inputs
 
     loop = Loop(50, 50)
-    assert forward_bytes(loop, as_call(loop, torch.ones(6, 50))) == 2 * 4 * 6 * 50
+    assert forward_bytes(loop, as_call(loop, torch.ones(6, 50)))[0] == 2 * 4 * 6 * 50
+
+
+def test_layers_add_up_what_they_bring_about() -> None:
+    chain = nn.Sequential(nn.Linear(10, 100), nn.ReLU(), nn.Linear(100, 20), nn.Flatten())
+    found = quick(chain, torch.ones(8, 10))
+    assert {layer.name: layer.activation_bytes for layer in found.layers} == {
+        "0": 4 * 8 * 100, "1": 4 * 8 * 100, "2": 4 * 8 * 20,
+    }  # fmt: skip  # the last one gives a view
+    assert found.activation_bytes == 4 * 8 * 220
+    assert quick(Shared(), torch.arange(5)[None]).activation_bytes == 4 * 5 * (8 + 8 + 8 + 8 + 20)
+
+
+class Taking(nn.Module):
+    """Takes some time, by a clock that stands still otherwise, before each part that it calls."""
+
+    now = 0.0
+
+    def __init__(self, ms: float, *within: nn.Module) -> None:
+        super().__init__()
+        self.ms, self.within = ms, nn.ModuleList(within)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        for part in [*self.within, nn.Identity()]:
+            Taking.now += self.ms / 1000
+            inputs = part(inputs)
+        return inputs * 1
+
+
+def test_layers_take_the_time_that_is_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_structopt.profiling.layer_times.perf_counter", lambda: Taking.now)
+    twice = Taking(40)
+    module = Taking(5, twice, Taking(20), twice)
+    layers = {layer.name: layer.latency_ms for layer in quick(module, torch.ones(1), seconds=0.2).layers}
+    assert layers == pytest.approx({"": 4 * 5, "within.0": 2 * 40, "within.1": 20})
 
 
 def test_the_module_is_left_as_it_was() -> None:
@@ -203,8 +239,11 @@ def test_inputs_that_do_not_fit(module: nn.Module, example: Any, error: type, me
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"batch_sizes": 0}, ValueError, "`batch_size` must be"),
+        ({"batch_sizes": 0}, ValueError, "`batch_sizes` must be"),
         ({"threads": 1.5}, TypeError, "`threads` must be"),
+        ({"batch_sizes": []}, ValueError, "`batch_sizes` must have at least one number"),
+        ({"seconds": 0}, ValueError, "`seconds` must be in"),
+        ({"seconds": float("nan")}, ValueError, "`seconds` must be in"),
     ],
 )
 def test_numbers_out_of_range(options: dict, error: type, message: str) -> None:
@@ -212,9 +251,26 @@ def test_numbers_out_of_range(options: dict, error: type, message: str) -> None:
         quick(nn.Linear(2, 2), torch.ones(1, 2), **options)
 
 
+def test_of_a_module_in_shards_the_whole_counts() -> None:
+    run_ranks(_profile_shards)
+
+
+def _profile_shards(rank: int) -> None:
+    module, example = Classifier(), torch.ones(8, 12)
+    prune(module, 0.5)
+    whole = quick(module, example)
+    fully_shard(module.net[0], mesh=init_device_mesh("cpu", (2,)))
+    found = quick(module, example)
+    for name in ("parameters", "trainable", "nonzero", "size_bytes", "flops"):
+        assert getattr(found, name) == getattr(whole, name), name
+    assert found.effective_flops == pytest.approx(whole.effective_flops)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
     found = quick(nn.Linear(100, 100).cuda(), torch.ones(8, 100, device="cuda"))
+    assert found.layers[0].latency_ms > 0
+    assert found.layers[0].activation_bytes >= 4 * 8 * 100
     assert found.flops == 2 * 8 * 100 * 100
     assert found.forward_bytes >= 4 * 8 * 100
     assert found.latency_ms > 0
