@@ -129,8 +129,10 @@ def parse_arguments(
 
 
 def environment() -> dict[str, Any]:
-    """Return what the figures depend on: versions, machine, threads, load and date."""
+    """Return what the figures depend on: the command, versions, machine, threads, load and date."""
+    script, *arguments = sys.argv
     return {
+        "command": " ".join([f"python benchmarks/{Path(script).name}", *arguments]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "torch": torch.__version__,

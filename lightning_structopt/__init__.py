@@ -175,7 +175,7 @@ if TYPE_CHECKING:  # Optuna, on which sweeps stand, loads on use
         SweepResult,
     )
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "ActivationCheck",

@@ -175,8 +175,8 @@ class GroupLasso(Penalty):
         threshold = step * self._rate(weight)
         if isinstance(threshold, Tensor):
             length = _length_after(weight, threshold, self._within(weight))
-            return weight * (length / (length + threshold).clamp_min(_smallest(weight)))
-        return weight * (1 - threshold / _norm(weight, self._within(weight))).clamp_min(0)
+            return weight * (length / (length + threshold).clamp(min=_smallest(weight)))
+        return weight * (1 - threshold / _norm(weight, self._within(weight))).clamp(min=0)
 
     def _within(self, weight: Tensor) -> tuple[int, ...]:
         """Return the dimensions over which a group extends.
@@ -202,7 +202,7 @@ def _smallest(weight: Tensor) -> float:
 
 def _norm(weight: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Return the norm over ``dims``, kept, and never so small that its square would vanish."""
-    return weight.square().sum(dims, keepdim=True).sqrt().clamp_min(math.sqrt(_smallest(weight)))
+    return weight.square().sum(dims, keepdim=True).sqrt().clamp(min=math.sqrt(_smallest(weight)))
 
 
 def _length_after(weight: Tensor, threshold: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -214,13 +214,13 @@ def _length_after(weight: Tensor, threshold: Tensor, dims: tuple[int, ...]) -> T
     :math:`h(0) \le 1` the group goes, and the method stays at zero.
     """
     bounds = (weight.abs() - threshold).amax(dims, keepdim=True)
-    length = torch.maximum(bounds, _norm(weight, dims) - threshold.amax(dims, keepdim=True)).clamp_min(0)
+    length = torch.maximum(bounds, _norm(weight, dims) - threshold.amax(dims, keepdim=True)).clamp(min=0)
     for _ in range(30):  # a few do, even where step sizes differ by many orders of magnitude
-        reach = (length + threshold).clamp_min(_smallest(weight))
+        reach = (length + threshold).clamp(min=_smallest(weight))
         squares = (weight / reach).square()
         h = squares.sum(dims, keepdim=True)
-        slope = (squares / reach).sum(dims, keepdim=True).clamp_min(_smallest(weight))
-        longer = (length + h * (h.sqrt() - 1) / slope).clamp_min(0)
+        slope = (squares / reach).sum(dims, keepdim=True).clamp(min=_smallest(weight))
+        longer = (length + h * (h.sqrt() - 1) / slope).clamp(min=0)
         moved = (longer - length).abs() > 1e-6 * longer
         length = longer
         if not moved.any():
@@ -270,7 +270,7 @@ def _adam(group: Mapping[str, Any], state: Mapping[str, Any]) -> Step:
 def _rmsprop(group: Mapping[str, Any], state: Mapping[str, Any]) -> Step:
     moment = widened(state["square_avg"])
     if group["centered"]:
-        moment = (moment - widened(state["grad_avg"]).square()).clamp_min(0)
+        moment = (moment - widened(state["grad_avg"]).square()).clamp(min=0)
     return _divide(group["lr"] / (1 - group["momentum"]), moment.sqrt() + group["eps"])
 
 
@@ -284,7 +284,8 @@ def _adamax(group: Mapping[str, Any], state: Mapping[str, Any]) -> Step:
 
 
 def _divide(lr: Any, denominator: Tensor) -> Tensor:
-    sizes: Tensor = lr / denominator.clamp_min(_smallest(denominator))
+    # `clamp(min=...)` here and above, as DTensors of torch 2.7 have no `clamp_min`.
+    sizes: Tensor = lr / denominator.clamp(min=_smallest(denominator))
     return sizes
 
 

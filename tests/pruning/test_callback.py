@@ -150,7 +150,8 @@ def test_averaged_models_are_masked_too(tmp_path: Path, average: Any, order: str
     saved = ModelCheckpoint(tmp_path, save_last=True)
     trainer(tmp_path, *callbacks, saved, max_epochs=6).fit(module, loader(), loader())
     assert zeros(module) == round(0.8 * WEIGHTS)
-    state = torch.load(saved.last_model_path, weights_only=True)["state_dict"]
+    # SWA's scheduler keeps a bound function in its state up to torch 2.7.
+    state = torch.load(saved.last_model_path, weights_only=False)["state_dict"]
     assert sum(int((state[name] == 0).sum()) for name in pruning.masks) == round(0.8 * WEIGHTS)
 
 
