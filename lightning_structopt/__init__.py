@@ -66,6 +66,7 @@ from lightning_structopt.ensembles import (
     disagreement,
     error_correlation,
     expected_calibration_error,
+    gather_out_of_fold,
     out_of_fold,
     predictions,
     select_greedily,
@@ -173,6 +174,7 @@ if TYPE_CHECKING:  # Optuna, on which sweeps stand, loads on use
         SearchSpace,
         SuccessiveHalving,
         SweepResult,
+        train_members,
     )
 
 __version__ = "0.1.0"
@@ -320,6 +322,7 @@ __all__ = [
     "disagreement",
     "error_correlation",
     "expected_calibration_error",
+    "gather_out_of_fold",
     "initialize",
     "kth_smallest",
     "load_grown",
@@ -335,6 +338,7 @@ __all__ = [
     "shrink",
     "soup",
     "to_semi_structured",
+    "train_members",
     "weights_by_metric",
     "widen",
 ]

@@ -13,6 +13,7 @@ GROUND = {
     "_devices",
     "_dtensors",
     "_files",
+    "_folds",
     "_horizon",
     "_precision",
     "_rates",

@@ -3,7 +3,14 @@
 from lightning_structopt.ensembles.calibration import TemperatureScaling, expected_calibration_error
 from lightning_structopt.ensembles.callback import SnapshotEnsemble
 from lightning_structopt.ensembles.diversity import disagreement, error_correlation
-from lightning_structopt.ensembles.mixed import GatingNetwork, Held, MixedEnsemble, OutOfFold, out_of_fold
+from lightning_structopt.ensembles.mixed import (
+    GatingNetwork,
+    Held,
+    MixedEnsemble,
+    OutOfFold,
+    gather_out_of_fold,
+    out_of_fold,
+)
 from lightning_structopt.ensembles.parallel import ParallelEnsemble
 from lightning_structopt.ensembles.predictions import Predictions, predictions
 from lightning_structopt.ensembles.selection import Selection, select_greedily
@@ -26,6 +33,7 @@ __all__ = [
     "disagreement",
     "error_correlation",
     "expected_calibration_error",
+    "gather_out_of_fold",
     "out_of_fold",
     "predictions",
     "select_greedily",

@@ -8,6 +8,8 @@ from lightning_structopt.sweep.candidates import Candidate
 from lightning_structopt.sweep.cluster import RayCluster
 from lightning_structopt.sweep.evolution import RegularizedEvolution
 from lightning_structopt.sweep.executors import Executor, InProcess, LocalProcesses
+from lightning_structopt.sweep.members import MemberFailedError, train_members
+from lightning_structopt.sweep.parts import Bootstrap, DataPart, Fold
 from lightning_structopt.sweep.result import CandidateResult, SweepResult
 from lightning_structopt.sweep.space import SearchSpace
 
@@ -15,12 +17,15 @@ __all__ = [
     "AllFailedError",
     "ArchitectureSweep",
     "AsynchronousHalving",
+    "Bootstrap",
     "Budget",
     "Candidate",
     "CandidateResult",
     "Constraint",
+    "DataPart",
     "Executor",
     "FixedRounds",
+    "Fold",
     "Hyperband",
     "InProcess",
     "LocalProcesses",
@@ -28,9 +33,11 @@ __all__ = [
     "MaxFLOPs",
     "MaxLatency",
     "MaxParameters",
+    "MemberFailedError",
     "RayCluster",
     "RegularizedEvolution",
     "SearchSpace",
     "SuccessiveHalving",
     "SweepResult",
+    "train_members",
 ]

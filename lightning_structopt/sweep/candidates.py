@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_structopt._checks import require_whole
+
 Build = Callable[..., Any]
 _DEEPEST = 20  # levels of objects within objects; some hold themselves
 # What the budget and the directory decide.
@@ -29,12 +31,14 @@ class Candidate:
 
     Args:
         build: Takes no arguments and returns a new LightningModule each time.
-        data: A LightningDataModule, or a pair of training and validation loaders, instead of those given to ``run``.
+        data: A LightningDataModule, or a pair of training and validation loaders, instead of those given to ``run``;
+            or a function from those to this candidate's own, such as ``Fold`` and ``Bootstrap``.
         trainer: Arguments of the Trainer, over those of the sweep: callbacks, precision, gradient clipping.
+        seed: Seeds it instead of the sweep's; further ``repeats`` count up from it.
 
     Raises:
-        TypeError: If ``build`` can't be called.
-        ValueError: If ``trainer`` has an argument that the budget decides.
+        TypeError: If ``build`` can't be called, or ``seed`` is not a whole number.
+        ValueError: If ``trainer`` has an argument that the budget decides, or ``seed`` is negative.
 
     Example:
         >>> Candidate(dict).trainer
@@ -44,6 +48,7 @@ class Candidate:
     build: Build
     data: Any = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.build):
@@ -52,6 +57,8 @@ class Candidate:
                 "Give a function, a class or a `functools.partial`, not a module that is built."
             )
         require_free_arguments(self.trainer)
+        if self.seed is not None:
+            require_whole("seed", self.seed, 0)
 
 
 def as_candidates(candidates: Mapping[str, Any] | Sequence[Any]) -> dict[str, Candidate]:
@@ -95,13 +102,18 @@ def require_free_arguments(trainer: Mapping[str, Any]) -> None:
 def fingerprint(candidate: Candidate) -> str:
     """Return a short text that differs where ``candidate`` does: its code, its defaults, what it closes over.
 
-    Of functions that it calls only the names count.
+    Of functions that it calls only the names count, of data only a function that chooses a part of them.
     """
     found = hashlib.sha256()
     for part in _parts(candidate.build):
         found.update(part)
     if candidate.trainer:
         found.update(repr(sorted(candidate.trainer)).encode())
+    if callable(candidate.data):
+        for part in _parts(candidate.data):
+            found.update(part)
+    if candidate.seed is not None:
+        found.update(f"seed {candidate.seed}".encode())
     return found.hexdigest()[:16]
 
 

@@ -63,6 +63,11 @@ class Plan:
         """Return the folder of a candidate with one seed."""
         return self.home(record.candidate) / f"seed-{record.seed}"
 
+    def seed_of(self, record: Record) -> int:
+        """Return what seeds a trial: the sweep's seed or the candidate's own, and on from there for repeats."""
+        own = self.candidates[record.candidate].seed
+        return record.seed if own is None else own + record.seed - self.seed
+
     def spec(self, record: Record, epochs: int, threads: int | None) -> TrialSpec:
         """Return what a trial is told to bring ``record`` to ``epochs``."""
         folder = self.folder(record)
@@ -70,7 +75,7 @@ class Plan:
             name=record.candidate,
             candidate=str(self.home(record.candidate) / "candidate.pkl"),
             data=str(self.data_file),
-            seed=record.seed,
+            seed=self.seed_of(record),
             monitor=self.monitor,
             epochs=epochs,
             total_epochs=self.budget.total_epochs,

@@ -3,7 +3,7 @@
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
@@ -64,7 +64,9 @@ def _fit(spec: TrialSpec, send: Send) -> None:
         torch.set_num_threads(spec.threads)
     candidate, arguments, rules, parameters = cloudpickle.loads(Path(spec.candidate).read_bytes())
     data = candidate.data
-    data = cloudpickle.loads(Path(spec.data).read_bytes()) if data is None else data
+    if data is None or callable(data):
+        shared = cloudpickle.loads(Path(spec.data).read_bytes())
+        data = shared if data is None else _part_of(shared, data)
     data = data if isinstance(data, tuple) else (data, None)
     pl.seed_everything(spec.seed, workers=True, verbose=False)
     module = build(spec.name, candidate, parameters)
@@ -76,6 +78,11 @@ def _fit(spec: TrialSpec, send: Send) -> None:
         trainer.fit(module, datamodule=data[0], **options)
     else:
         trainer.fit(module, *data, **options)
+
+
+def _part_of(shared: tuple[Any, Any], choose: Callable[[Any], Any]) -> Any:
+    """Return a candidate's own part of the data that were given to ``run``."""
+    return choose(shared[0] if isinstance(shared[0], pl.LightningDataModule) else shared)
 
 
 def build(name: str, candidate: Candidate, parameters: Mapping[str, Any]) -> Any:

@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from typing_extensions import override
 
 from lightning_structopt._checks import require_whole
+from lightning_structopt._folds import deal
+from lightning_structopt.ensembles.members import Member, settle
 from lightning_structopt.ensembles.predictions import predictions
 
 MakeLoader: TypeAlias = Callable[[Dataset[Any], bool], Iterable[Any]]
@@ -103,26 +105,71 @@ def out_of_fold(
             f"{samples} samples for {folds} folds."
         )
     batches = _batches if loader is None else loader
-    parts = _deal(samples, folds, seed)
+    parts = deal(samples, folds, seed)
     members: list[list[nn.Module]] = [[] for _ in factories]
-    outputs: list[Tensor] = []
-    targets: list[Tensor] = []
     for part in parts:
         rest = [index for other in parts if other is not part for index in other]
         for factory, trained in zip(factories, members, strict=True):
             module = factory()
             trainer().fit(module, batches(Subset(dataset, rest), True))
             trained.append(module.eval())
-        found = predictions([trained[-1] for trained in members], batches(Subset(dataset, part), False))
+    return _gathered(members, dataset, parts, batches)
+
+
+def gather_out_of_fold(
+    members: Sequence[Sequence[Member]],
+    dataset: Dataset[Any],
+    *,
+    seed: int = 0,
+    loader: MakeLoader | None = None,
+) -> OutOfFold:
+    """Gather what members that are trained by folds already say of the folds that they haven't seen.
+
+    Args:
+        members: By kind, and then by fold, as ``train_members(..., vary="fold")`` returns them for one kind.
+        dataset: The very one that the training loader had, in the same order.
+        seed: The one by which samples were dealt to folds: that of ``train_members``.
+        loader: From a data set, and whether it is for training, to batches; by default of 32.
+
+    Returns:
+        Predictions by sample, as of :func:`out_of_fold`.
+
+    Raises:
+        ValueError: If there are no members, kinds have different numbers of folds, or there are fewer than two.
+
+    Example:
+        >>> small = so.train_members(Small, datamodule, 5, vary="fold", ...)  # doctest: +SKIP
+        >>> large = so.train_members(Large, datamodule, 5, vary="fold", ...)  # doctest: +SKIP
+        >>> found = gather_out_of_fold([small, large], dataset)  # doctest: +SKIP
+    """
+    modules = [settle(kind, trained=True) for kind in members]
+    folds = {len(kind) for kind in modules}
+    samples = len(dataset)  # type: ignore[arg-type]
+    if len(folds) != 1 or min(folds) < 2 or samples < min(folds):
+        raise ValueError(
+            "Each kind needs one member for each of two folds or more, and each fold a sample. Found "
+            f"{[len(kind) for kind in modules]} members and {samples} samples. Give what "
+            '`train_members(..., vary="fold")` returns, once for each kind.'
+        )
+    parts = deal(samples, folds.pop(), seed)
+    return _gathered(modules, dataset, parts, _batches if loader is None else loader)
+
+
+def _gathered(
+    members: Sequence[Sequence[nn.Module]],
+    dataset: Dataset[Any],
+    parts: Sequence[Sequence[int]],
+    batches: MakeLoader,
+) -> OutOfFold:
+    """Ask each member about its fold."""
+    outputs: list[Tensor] = []
+    targets: list[Tensor] = []
+    for part, asked in zip(parts, zip(*members, strict=True), strict=True):
+        found = predictions(asked, batches(Subset(dataset, part), False))
         outputs.append(found.outputs)
         targets.append(found.target)
     order = torch.tensor([index for part in parts for index in part]).argsort()
     return OutOfFold(torch.cat(outputs, 1)[:, order], torch.cat(targets)[order], dataset, members)
-
-
-def _deal(samples: int, folds: int, seed: int) -> list[list[int]]:
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed)).tolist()
-    return [order[fold::folds] for fold in range(folds)]
 
 
 def _batches(dataset: Dataset[Any], training: bool) -> DataLoader[Any]:
