@@ -3,11 +3,11 @@
     python benchmarks/blocks.py [--part nets|depth|gates|exits|routed] [--epochs 4] [--rounds 15] [--fast]
 
 nets: a dense net against convolutional ones. depth: residual and plain nets from 8 to 56 layers, with the gradient of
-the first layer against that of the last before training, on 10,000 images of half the size. gates: blocks that run for half of the images, exits: stages
-that run until a head is sure, and routed: one of four experts, each against the same net that runs all of it. Times are
-of passes in evaluation, the entrants in turn; those of single images go over 64 different ones. gates also has
-untrained nets of three sizes in which the gates' biases let exactly every other block run: they show how large a block
-must be for its gate to be worth its time on a single image.
+the first layer against that of the last before training, on 10,000 images of half the size. gates: blocks that run
+for half of the images, exits: stages that run until a head is sure, and routed: one of four experts, each against the
+same net that runs all of it. Times are of passes in evaluation, the entrants in turn; those of single images go over 64
+different ones. gates also has untrained nets of three sizes in which the gates' biases let exactly every other block
+run: they show how large a block must be for its gate to be worth its time on a single image.
 """
 
 import random

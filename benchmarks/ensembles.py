@@ -1,12 +1,15 @@
 """What ensembles gain and cost, on Fashion-MNIST (`--fast`: scikit-learn's digits).
 
-    python benchmarks/ensembles.py [--part quality|stacked] [--seeds 3] [--members 5] [--fast]
+    python benchmarks/ensembles.py [--part quality|cascade|stacked] [--seeds 3] [--members 5] [--fast]
 
 Quality: members that differ in their seeds, all of them together, chosen greedily, a cascade with a tiny network before
 them that is calibrated on held-out data to be as accurate, and one network that learned from them (for twice the
 epochs; beside it one that trained as long by itself). Snapshots of one run of as many epochs as all members together.
 Where torchensemble is installed, its voting on the same members, and its own snapshots. Milliseconds are for all test
-images, in batches of 256. Stacked: 8 members one by one and as one vectorized pass, and what `stack="auto"` takes.
+images, in batches of 256. Cascade: what may come before the ensemble, each calibrated to be as accurate on held-out
+data: a tiny network, one of the members, one that learned from them, and two of these. Stacked: 8 members one by one
+and as one vectorized pass; and ensembles of them with `stack=False` and `stack="auto"`, which also put together what
+members say.
 """
 
 import logging
@@ -135,7 +138,7 @@ def contenders(
     tiny = made(seed + 500, width=3)
     train(tiny, data, seed, epochs)
     yield "tiny network", tiny
-    yield "cascade", cascade(tiny, everyone, held_out).eval()
+    yield "cascade", cascade([tiny], everyone, held_out)
     student, alone = made(seed + 600), made(seed + 600)
     train(
         so.DistillationModule(everyone.as_teacher(), student, so.SoftTarget(1.0), 0.9), data, seed, 2 * epochs
@@ -154,12 +157,64 @@ def log_likelihood(probabilities: Tensor, labels: Tensor) -> Tensor:
     return -nn.functional.nll_loss(probabilities.clamp_min(1e-9).log(), labels)
 
 
-def cascade(tiny: nn.Module, everyone: ParallelEnsemble, held_out: Batches) -> SerialEnsemble:
+def cascade(before: list[nn.Module], everyone: ParallelEnsemble, held_out: Batches) -> SerialEnsemble:
+    """Return a cascade that ends with ``everyone``, calibrated to be as accurate on held-out data."""
     found = predictions([everyone], held_out)
     accuracy = float((found.outputs[0].argmax(1) == found.target).double().mean())
-    ensemble = SerialEnsemble([TemperatureScaling(tiny).fit(held_out), everyone])
+    ensemble = SerialEnsemble([*(TemperatureScaling(each).fit(held_out) for each in before), everyone])
     ensemble.calibrate(held_out, target_accuracy=accuracy)
-    return ensemble
+    return ensemble.eval()
+
+
+def cascades(seeds: int, count: int, fast: bool) -> Iterator[dict[str, Any]]:
+    train_x, train_y, test_x, test_y = images(fast)
+    held = 200 if fast else HELD_OUT
+    data = (train_x[:-held], train_y[:-held], test_x, test_y)
+    held_out = Batches(train_x[-held:], train_y[-held:], 256)
+    epochs, rounds = (1, 1) if fast else (EPOCHS, 9)
+    for seed in range(seeds):
+        first = 1000 * seed
+        members, tiny, student = (
+            [made(first + i) for i in range(count)],
+            made(first + 500, 3),
+            made(first + 600),
+        )
+        for module, own in zip([*members, tiny], [*range(first, first + count), first], strict=True):
+            train(module, data, own, epochs)
+        everyone = ParallelEnsemble(members, stack=False).eval()
+        train(
+            so.DistillationModule(everyone.as_teacher(), student, so.SoftTarget(1.0), 0.9),
+            data,
+            first,
+            epochs,
+        )
+        student.eval()
+        starts = {
+            "all members": None,
+            "tiny first": [tiny],
+            "a member first": [members[0]],
+            "a distilled one first": [student],
+            "tiny, then a member": [tiny, members[0]],
+            "tiny, then a distilled one": [tiny, student],
+        }
+        ways = {
+            name: everyone if start is None else cascade(start, everyone, held_out)
+            for name, start in starts.items()
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):  # in turn, so that all have the same share of a busy machine
+            for name, way in ways.items():
+                times[name].append(milliseconds(way, test_x, 1))
+        base = median(times["all members"])
+        for name, way in ways.items():
+            yield {
+                "part": "cascade",
+                "model": f"{name}, seed {seed}",
+                "top1": top1(way, data),
+                "of_all": median(times[name]) / base,
+                "ms": median(times[name]),
+                "executed": getattr(way, "executed_fraction", None),
+            }
 
 
 def of_torchensemble(
@@ -203,6 +258,7 @@ def stacked(fast: bool) -> Iterator[dict[str, Any]]:
             seconds = 0.05 if fast else 1.0
             one_by_one = latency(OneByOne(members), inputs, seconds=seconds).median_ms
             at_once = latency(AllAtOnce(members), inputs, seconds=seconds).median_ms
+            never = latency(ParallelEnsemble(members, stack=False).eval(), inputs, seconds=seconds).median_ms
             auto = latency(ParallelEnsemble(members).eval(), inputs, seconds=seconds).median_ms
             yield {
                 "part": "stacked",
@@ -210,6 +266,7 @@ def stacked(fast: bool) -> Iterator[dict[str, Any]]:
                 "one_by_one_ms": one_by_one,
                 "at_once_ms": at_once,
                 "speedup": one_by_one / at_once,
+                "never_ms": never,
                 "auto_ms": auto,
             }
 
@@ -217,7 +274,8 @@ def stacked(fast: bool) -> Iterator[dict[str, Any]]:
 def show(rows: list[dict[str, Any]]) -> None:
     columns = {
         "quality": ("mean", "std", "gain_kept", "ms"),
-        "stacked": ("one_by_one_ms", "at_once_ms", "speedup", "auto_ms"),
+        "cascade": ("top1", "ms", "of_all"),
+        "stacked": ("one_by_one_ms", "at_once_ms", "speedup", "never_ms", "auto_ms"),
     }
     for part, names in columns.items():
         if chosen := [row for row in rows if row["part"] == part]:
@@ -229,12 +287,14 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     arguments = parse_arguments(
-        "ensembles", __doc__, choices={"part": ["quality", "stacked"]}, seeds=3, members=5
+        "ensembles", __doc__, choices={"part": ["quality", "cascade", "stacked"]}, seeds=3, members=5
     )
     seeds, count = (1, 2) if arguments.fast else (arguments.seeds, arguments.members)
     parts: list[Iterable[dict[str, Any]]] = []
     if arguments.fast or arguments.part == "stacked":
         parts.append(stacked(arguments.fast))
+    if arguments.fast or arguments.part == "cascade":
+        parts.append(cascades(seeds, count, arguments.fast))
     if arguments.fast or arguments.part == "quality":
         parts.append(quality(seeds, count, arguments.fast))
     show(write_as_they_come(arguments.output, "ensembles", chain(*parts)))

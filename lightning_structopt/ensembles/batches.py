@@ -81,6 +81,31 @@ def tensor_of(output: Any) -> Tensor:
     return found
 
 
+def mean_and_variance_of(output: Any) -> Tensor:
+    """Return the mean and the variance that a member put out, side by side in a last dimension.
+
+    Raises:
+        TypeError: If the output is neither a pair of tensors of one shape nor a tensor with these two.
+
+    Example:
+        >>> mean_and_variance_of((torch.zeros(4), torch.ones(4))).shape
+        torch.Size([4, 2])
+    """
+    if isinstance(output, (tuple, list)) and len(output) == 2:
+        mean, variance = output
+        if isinstance(mean, Tensor) and isinstance(variance, Tensor) and mean.shape == variance.shape:
+            return torch.stack([mean, variance], dim=-1)
+    if isinstance(output, Tensor) and output.ndim > 1 and output.shape[-1] == 2:
+        return output
+    found = f"a `{type(output).__name__}`"
+    if isinstance(output, Tensor):
+        found = f"a tensor of shape {tuple(output.shape)}"
+    raise TypeError(
+        'With `combine="gaussian"` a member must return a mean and a variance: a pair of tensors of one shape, or a '
+        f'tensor with both in its last dimension. Found {found}. Give `combine="mean"` for members without a variance.'
+    )
+
+
 def together(outputs: Sequence[Tensor]) -> Tensor:
     """Return the outputs of all members as one tensor, (members, ...).
 

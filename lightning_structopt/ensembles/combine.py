@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_structopt._precision import widened
 
-Combine: TypeAlias = Literal["probabilities", "logits", "vote", "mean", "median"]
+Combine: TypeAlias = Literal["probabilities", "logits", "vote", "mean", "median", "gaussian"]
 FOR_CLASSES = ("probabilities", "logits", "vote")
 _FLOOR = 1e-6  # the share of a class that nobody votes for: its logarithm must be a number
 _ROUNDING = 1e-6  # of sums of weights
@@ -21,8 +21,9 @@ def combined(how: Combine, outputs: Tensor, weights: Tensor, class_dim: int = 1)
     """Combine ``outputs`` in one of the ways of this file.
 
     Args:
-        how: For classes ``"probabilities"``, ``"logits"`` or ``"vote"``, for numbers ``"mean"`` or ``"median"``.
-        outputs: (M, N, ...), for classes logits or log-probabilities.
+        how: For classes ``"probabilities"``, ``"logits"`` or ``"vote"``, for numbers ``"mean"``, ``"median"`` or
+            ``"gaussian"``.
+        outputs: (M, N, ...), for classes logits or log-probabilities, for ``"gaussian"`` (M, N, ..., 2).
         weights: (M,) or (M, N).
         class_dim: Which dimension of one member's output the classes are in.
 
@@ -37,6 +38,8 @@ def combined(how: Combine, outputs: Tensor, weights: Tensor, class_dim: int = 1)
         return mean(outputs, weights)
     if how == "median":
         return median(outputs, weights)
+    if how == "gaussian":
+        return mixture(outputs, weights)
     dim = class_dim if class_dim < 0 else class_dim + 1
     if outputs.ndim < 3 or outputs.shape[dim] < 2:
         raise ValueError(
@@ -105,6 +108,27 @@ def median(outputs: Tensor, weights: Tensor) -> Tensor:
     lower = (below >= 0.5 - _ROUNDING).to(torch.uint8).argmax(0, keepdim=True)
     upper = (below > 0.5 + _ROUNDING).to(torch.uint8).argmax(0, keepdim=True)
     return ((values.gather(0, lower) + values.gather(0, upper)) / 2).squeeze(0)
+
+
+def mixture(outputs: Tensor, weights: Tensor) -> Tensor:
+    r"""Return mean and variance of a mixture of distributions, by the law of total variance.
+
+    .. math:: \bar\mu = \sum_m w_m \mu_m, \qquad
+        \bar\sigma^2 = \sum_m w_m \sigma_m^2 + \sum_m w_m (\mu_m - \bar\mu)^2
+
+    Args:
+        outputs: (M, N, ..., 2), means and variances.
+        weights: (M,) or (M, N).
+
+    Returns:
+        (N, ..., 2).
+
+    Example:
+        >>> mixture(torch.tensor([[[1.0, 4.0]], [[3.0, 2.0]]]), torch.tensor([0.5, 0.5]))
+        tensor([[2., 4.]])
+    """
+    means, variances = outputs.unbind(-1)
+    return torch.stack([mean(means, weights), mean(variances, weights) + variance(means, weights)], dim=-1)
 
 
 def variance(outputs: Tensor, weights: Tensor) -> Tensor:

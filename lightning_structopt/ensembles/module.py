@@ -79,6 +79,10 @@ class Ensemble(pl.LightningModule, ABC):
             inputs: A tensor, a tuple of arguments or a dict of named ones.
         """
 
+    def answer(self, inputs: Any) -> Tensor:
+        """Return the ensemble's own output alone."""
+        return self.answers(inputs)[""]
+
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Return the loss of the ensemble's output: cross-entropy or mean squared error. Override it for another.
 
@@ -97,12 +101,12 @@ class Ensemble(pl.LightningModule, ABC):
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return log-probabilities of classes, or values; called as a member is."""
-        return self.answers(as_inputs(args, kwargs))[""]
+        return self.answer(as_inputs(args, kwargs))
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs, target = self.read(batch)
-        output = self.answers(inputs)[""]
+        output = self.answer(inputs)
         loss = self.loss(output, require_target(target))
         self.log("train_loss", loss, batch_size=len(output))
         return loss
@@ -118,7 +122,7 @@ class Ensemble(pl.LightningModule, ABC):
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return probabilities of classes, or values, for a batch with or without target."""
-        output = self.answers(self.read(batch)[0])[""]
+        output = self.answer(self.read(batch)[0])
         return output.exp() if self.is_classifier else output
 
     @override
@@ -154,7 +158,7 @@ class Ensemble(pl.LightningModule, ABC):
         return "frozen members and nothing else. Give `train_members=True`."
 
     def _classes_second(self, output: Tensor) -> Tensor:
-        """Return ``output`` as losses of torch want it."""
+        """Return ``output`` as losses and metrics of torch want it."""
         return output
 
     def _evaluate(self, stage: str, batch: Any) -> None:

@@ -16,6 +16,7 @@ from lightning_structopt._undisturbed import plain_attention, without_fast_path
 from lightning_structopt.ensembles.batches import as_inputs, call, tensor_of, together
 from lightning_structopt.profiling.latency import latency
 
+Output: TypeAlias = Callable[[Any], Tensor]  # from what a member returns
 Stack: TypeAlias = Literal["auto"] | bool
 _Slot: TypeAlias = tuple[dict[str, Any], str]
 _SECONDS = 0.02  # of timing each way
@@ -27,16 +28,18 @@ class OneByOne(nn.Module):
 
     Args:
         members: Any modules.
+        output: From what one returns to its tensor.
     """
 
-    def __init__(self, members: Sequence[nn.Module] | nn.ModuleList) -> None:
+    def __init__(self, members: Sequence[nn.Module] | nn.ModuleList, output: Output = tensor_of) -> None:
         super().__init__()
         self.members = _listed(members)
+        self._output = output
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         inputs = as_inputs(args, kwargs)
-        return together([tensor_of(call(member, inputs)) for member in self.members])
+        return together([self._output(call(member, inputs)) for member in self.members])
 
 
 def _listed(members: Sequence[nn.Module] | nn.ModuleList) -> nn.ModuleList:
@@ -49,12 +52,13 @@ class AllAtOnce(nn.Module):
 
     Args:
         members: Modules of one class that differ in nothing but the values of parameters and buffers.
+        output: From what one returns to its tensor.
 
     Raises:
         ValueError: If they differ in more, as far as their classes, settings and shapes show.
     """
 
-    def __init__(self, members: Sequence[nn.Module] | nn.ModuleList) -> None:
+    def __init__(self, members: Sequence[nn.Module] | nn.ModuleList, output: Output = tensor_of) -> None:
         super().__init__()
         if (reason := why_not(members)) is not None:
             raise ValueError(
@@ -62,6 +66,7 @@ class AllAtOnce(nn.Module):
                 f'{reason}. Give `stack="auto"` or `stack=False`.'
             )
         self.members = _listed(members)
+        self._output = output
         self._children: list[tuple[dict[str, Any], tuple[Any, ...]]] = []
         self._slots: list[list[_Slot]] = []  # by member
         self._stacks: list[Tensor] = []
@@ -75,7 +80,7 @@ class AllAtOnce(nn.Module):
 
         def one(values: list[Tensor]) -> Tensor:
             with _holding(self._slots[0], values):
-                return tensor_of(call(base, inputs))
+                return self._output(call(base, inputs))
 
         with plain_attention(), without_fast_path():
             outputs: Tensor = vmap(one)(self._stacks)
@@ -155,16 +160,18 @@ class Runner:
     Args:
         members: Any modules, the owner's own list. This is no module.
         stack: ``"auto"``, True for always, False for never.
+        output: From what a member returns to its tensor.
 
     Raises:
         ValueError: If ``stack`` is True and members can't run as one.
     """
 
-    def __init__(self, members: nn.ModuleList, stack: Stack) -> None:
+    def __init__(self, members: nn.ModuleList, stack: Stack, output: Output = tensor_of) -> None:
         self.members = members
         self.stack = stack
-        self._one_by_one = OneByOne(members)
-        self._all_at_once = AllAtOnce(members) if stack is True else None
+        self.output = output
+        self._one_by_one = OneByOne(members, output)
+        self._all_at_once = AllAtOnce(members, output) if stack is True else None
         self._is_faster: dict[Hashable, bool] = {}
 
     def __call__(self, inputs: Any, *, reproducible: bool) -> Tensor:
@@ -188,11 +195,15 @@ class Runner:
         return self._run(self._all_at_once, inputs)
 
     @override
-    def __reduce__(self) -> tuple[Callable[..., Self], tuple[Any, Any]]:
-        return type(self), (self.members, self.stack)  # what was measured belongs to this machine
+    def __reduce__(self) -> tuple[Callable[..., Self], tuple[Any, ...]]:
+        return type(self), (
+            self.members,
+            self.stack,
+            self.output,
+        )  # what was measured belongs to this machine
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)(copy.deepcopy(self.members, memo), self.stack)
+        return type(self)(copy.deepcopy(self.members, memo), self.stack, self.output)
 
     def _run(self, way: nn.Module, inputs: Any) -> Tensor:
         outputs: Tensor = call(way, inputs)
@@ -222,7 +233,7 @@ class Runner:
         if why_not(self.members) is not None:
             return False
         if self._all_at_once is None:
-            self._all_at_once = AllAtOnce(self.members)
+            self._all_at_once = AllAtOnce(self.members, self.output)
         expected = self._run(self._one_by_one, inputs)
         try:
             with warnings.catch_warnings():

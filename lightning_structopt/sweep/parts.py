@@ -68,7 +68,7 @@ class Fold(DataPart):
 
     Example:
         >>> Fold(0, folds=4).train(samples=4), Fold(0, folds=4).validate(samples=4)
-        ([2, 0, 3], [1])
+        ([1, 3, 2], [0])
     """
 
     index: int

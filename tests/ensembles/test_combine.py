@@ -67,6 +67,24 @@ def test_mean_and_variance_are_those_of_numpy(weights: torch.Tensor) -> None:
     np.testing.assert_allclose(variance(outputs(), weights).numpy(), expected, rtol=1e-4, atol=1e-6)
 
 
+@every_weights
+def test_a_mixture_has_the_moments_of_draws_from_it(weights: torch.Tensor) -> None:
+    means, variances = torch.randn(5, 7, dtype=torch.double), torch.rand(5, 7, dtype=torch.double) + 0.1
+    found = combined("gaussian", torch.stack([means, variances], -1), weights.double())
+    first = (weights.double()[:, None] * means).sum(0)
+    second = (weights.double()[:, None] * (variances + means**2)).sum(0)
+    torch.testing.assert_close(found, torch.stack([first, second - first**2], -1), rtol=1e-6, atol=1e-6)
+    # As many draws from each member as its weight says.
+    generator = np.random.default_rng(0)
+    draws = [
+        generator.normal(float(m), float(v) ** 0.5, int(round(100_000 * float(w))))
+        for w, m, v in zip(weights, means[:, 0], variances[:, 0], strict=True)
+    ]
+    together = np.concatenate(draws)
+    assert float(found[0, 0]) == pytest.approx(together.mean(), abs=0.03)
+    assert float(found[0, 1]) == pytest.approx(together.var(), rel=0.03)
+
+
 @pytest.mark.parametrize("how", ["probabilities", "logits", "vote"])
 @pytest.mark.parametrize("class_dim", [1, 2, -1])
 def test_classes_in_any_dimension(how: str, class_dim: int) -> None:

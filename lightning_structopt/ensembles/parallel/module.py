@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_structopt._checks import require_choice
 from lightning_structopt._precision import widened
-from lightning_structopt.ensembles.batches import Read, as_inputs
+from lightning_structopt.ensembles.batches import Read, as_inputs, mean_and_variance_of, tensor_of
 from lightning_structopt.ensembles.combine import FOR_CLASSES, Combine, combined, variance
 from lightning_structopt.ensembles.members import Member
 from lightning_structopt.ensembles.module import Ensemble
@@ -29,9 +29,13 @@ class ParallelEnsemble(Ensemble):
     ``"vote"``              the logarithm of each class's share of the votes, :math:`w_m` for each member's best class
     ``"mean"``              :math:`\sum_m w_m y_m`
     ``"median"``            the weighted median of :math:`y_m`
+    ``"gaussian"``          the mean and variance of the mixture of all :math:`N(\mu_m, \sigma_m^2)`, (N, ..., 2)
     ======================  =======================================================================================
 
-    The first three return log-probabilities of classes, which are logits as well; the last two numbers.
+    The first three return log-probabilities of classes, which are logits as well; the others numbers. For
+    ``"gaussian"`` members return a pair of means and variances (not their logarithms), or a tensor with both in its
+    last dimension; :math:`\bar\mu = \sum_m w_m \mu_m` and :math:`\bar\sigma^2 = \sum_m w_m (\sigma_m^2 + (\mu_m -
+    \bar\mu)^2)`. Its loss is the negative logarithm of that normal density, its metrics are those of the mean.
     ``validate`` and ``test`` log the metrics of the ensemble as ``val_accuracy`` and of each member as
     ``0/val_accuracy``. Members are held as they are, so ``load_from_checkpoint(path, members=[...])`` wants them again.
 
@@ -85,7 +89,7 @@ class ParallelEnsemble(Ensemble):
         lr: float | None = None,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     ) -> None:
-        require_choice("combine", combine, (*FOR_CLASSES, "mean", "median"))
+        require_choice("combine", combine, (*FOR_CLASSES, "mean", "median", "gaussian"))
         require_choice("stack", stack, ("auto", True, False))
         _require_learnable(weights, combine, train_members)
         if stack is True and train_members:
@@ -99,7 +103,8 @@ class ParallelEnsemble(Ensemble):
         self.combine = combine
         self.class_dim = class_dim
         nested = any(isinstance(member, Ensemble) for member in self.members)  # each chooses for itself
-        self._runner = Runner(self.members, False if nested and stack == "auto" else stack)
+        output = mean_and_variance_of if combine == "gaussian" else tensor_of
+        self._runner = Runner(self.members, False if nested and stack == "auto" else stack, output)
 
     @property
     @override
@@ -113,7 +118,9 @@ class ParallelEnsemble(Ensemble):
             return self._runner(as_inputs(args, kwargs), reproducible=self.training or self.train_members)
 
     def predict_with_variance(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        r"""Return the prediction and how far members are apart, :math:`\sum_m w_m (y_m - \bar y)^2`.
+        r"""Return the prediction and its variance: how far members are apart, :math:`\sum_m w_m (y_m - \bar y)^2`.
+
+        With ``"gaussian"`` it is that and the mean of the variances that members predict.
 
         Raises:
             ValueError: If the ensemble predicts classes.
@@ -121,19 +128,38 @@ class ParallelEnsemble(Ensemble):
         if self.is_classifier:
             raise ValueError(
                 f'The variance is one of numbers. Found `combine="{self.combine}"`, which predicts classes. Give '
-                '`combine="mean"` or "median".'
+                '`combine="mean"`, "median" or "gaussian".'
             )
         outputs, weights = self.member_outputs(*args, **kwargs), self.weights()
+        if self.combine == "gaussian":
+            mean, spread = combined(self.combine, outputs, weights).unbind(-1)
+            return mean, spread
         return combined(self.combine, outputs, weights), variance(outputs, weights)
 
     @override
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        if self.combine != "gaussian":
+            return super().loss(output, target)
+        mean, variance = output.unbind(-1)  # torch refuses variances below 0
+        return nn.functional.gaussian_nll_loss(
+            mean.reshape(target.shape), widened(target), variance.reshape(target.shape)
+        )
+
+    @override
+    def answer(self, inputs: Any) -> Tensor:
+        # What members say by themselves is left out, which takes longer than small members do.
+        return combined(self.combine, self._outputs(inputs), self.weights(), self.class_dim)
+
+    @override
     def answers(self, inputs: Any) -> Mapping[str, Tensor]:
-        outputs = self.member_outputs(*inputs) if isinstance(inputs, tuple) else self._outputs(inputs)
+        outputs = self._outputs(inputs)
         whole = combined(self.combine, outputs, self.weights(), self.class_dim)
         return {"": whole, **{f"{index}/": widened(output) for index, output in enumerate(outputs)}}
 
     def _outputs(self, inputs: Any) -> Tensor:
-        return self.member_outputs(**inputs) if isinstance(inputs, Mapping) else self.member_outputs(inputs)
+        if isinstance(inputs, Mapping):
+            return self.member_outputs(**inputs)
+        return self.member_outputs(*inputs) if isinstance(inputs, tuple) else self.member_outputs(inputs)
 
     @override
     def _what_to_train(self) -> str:
@@ -144,6 +170,8 @@ class ParallelEnsemble(Ensemble):
 
     @override
     def _classes_second(self, output: Tensor) -> Tensor:
+        if self.combine == "gaussian":
+            return output[..., 0]
         return output.movedim(self.class_dim, 1) if self.is_classifier else output
 
 
