@@ -107,6 +107,7 @@ class Trained(Classifier):
 
 def model_pruning(module: Trained, sparsity: float) -> list[Callback]:
     """Lightning's callback on our ramp: its amounts add up, so each is the number of weights that are due."""
+    module.to(memory_format=torch.contiguous_format)  # `torch.nn.utils.prune` crashes at any other layout
     total = sum(layer.weight.numel() for layer in module.layers())
 
     def pruned_after(epochs: int) -> int:
