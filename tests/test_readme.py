@@ -46,6 +46,7 @@ def of(language: str) -> list[Block]:
 def test_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pl, "Trainer", users_names.Trainer)
+    monkeypatch.setattr("lightning_structopt.shrinking.timing.time_of", users_names.time_of)
     text = "\n" * (block.line - 1) + block.text.replace(
         "/shared", str(tmp_path)
     )  # tracebacks name README's lines

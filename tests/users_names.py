@@ -83,6 +83,11 @@ class Trainer(pl.Trainer):
         self.save_checkpoint("last.ckpt")
 
 
+def time_of(module: nn.Module, inputs: Any) -> float:
+    """Return the size for the time of a module: ones as small as these take the same, whatever their size."""
+    return float(sum(parameter.numel() for parameter in module.parameters()))
+
+
 def names() -> dict[str, Any]:
     """Return everything that a block may name; files go to the working directory."""
     trainer = Trainer(max_epochs=1)
