@@ -131,6 +131,8 @@ def parse_arguments(
 def environment() -> dict[str, Any]:
     """Return what the figures depend on: the command, versions, machine, threads, load and date."""
     script, *arguments = sys.argv
+    if "--output" in arguments:  # where results go is no part of what made them
+        del arguments[(at := arguments.index("--output")) : at + 2]
     return {
         "command": " ".join([f"python benchmarks/{Path(script).name}", *arguments]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

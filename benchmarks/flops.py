@@ -88,7 +88,8 @@ def why(parts: Parts, mine: Parts) -> str:
         # Torch-Pruning hooks modules that it knows; what another module computes by functions it doesn't see.
         unseen = [ATTENTION] if ATTENTION in parts else [kind for kind in mine if kind not in parts]
         said.append(f"misses products within {', '.join(unseen)}, {-gap / 1e9:.3f}")
-    return "; ".join(said) or "the same to 0.001"
+    total = sum(parts.values()) - sum(mine.values())
+    return "; ".join(said) or f"differs by {abs(total) / 1e9:.4f} in all"
 
 
 def row(name: str) -> dict[str, Any]:
