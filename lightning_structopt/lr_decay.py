@@ -15,7 +15,7 @@ from lightning_structopt._checks import require_choice, require_lightning, requi
 from lightning_structopt._horizon import Horizon, training_horizon
 from lightning_structopt._rates import move, require_rates
 from lightning_structopt._release import LetsGo
-from lightning_structopt.pruning.callback import IterativePruning
+from lightning_structopt.pruning.rewinding import TrainsInRounds
 from lightning_structopt.schedules import Schedule
 
 
@@ -121,7 +121,7 @@ class LRDecay(LetsGo, Callback):
         self._follow(trainer, epochs=trainer.current_epoch + trainer.is_last_batch)
 
     def on_rewind(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Go back with :class:`~lightning_structopt.IterativePruning`, which calls this after it did."""
+        """Go back with a callback that prunes and rewinds, which calls this after it did."""
         self._follow(trainer, epochs=trainer.current_epoch)
 
     @override
@@ -194,7 +194,7 @@ class LRDecay(LetsGo, Callback):
         if by_hand and _rounds(trainer):
             raise ValueError(
                 "Under manual optimization only epochs can be rewound, as each optimizer counts its own steps. Found "
-                '`LRDecay` with `interval="step"` and a rewinding `IterativePruning`. Give `interval="epoch"`.'
+                '`LRDecay` with `interval="step"` and a pruning callback that rewinds. Give `interval="epoch"`.'
             )
         if not self._needs_length():
             return
@@ -222,9 +222,9 @@ class LRDecay(LetsGo, Callback):
         super()._let_go()
 
 
-def _rounds(trainer: Any) -> IterativePruning | None:
+def _rounds(trainer: Any) -> TrainsInRounds | None:
     """Return the callback that trains in rounds, each of which restarts the schedule, if there is one."""
-    pruning = [c for c in trainer.callbacks if isinstance(c, IterativePruning) and c.rewind is not None]
+    pruning = [c for c in trainer.callbacks if isinstance(c, TrainsInRounds) and c.rewind is not None]
     return pruning[0] if pruning else None
 
 

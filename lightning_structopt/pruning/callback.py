@@ -30,13 +30,13 @@ from lightning_structopt.pruning.patterns import Pattern, Unstructured
 from lightning_structopt.pruning.ramps import CubicRamp, OneShotRamp, Ramp
 from lightning_structopt.pruning.regrowth import Regrow, require_constant_sparsity
 from lightning_structopt.pruning.report import sparsity_of, sparsity_table, unfinished
-from lightning_structopt.pruning.rewinding import Rewind, require_before
+from lightning_structopt.pruning.rewinding import Rewind, TrainsInRounds, require_before
 from lightning_structopt.pruning.run import PruningRun
 from lightning_structopt.pruning.selection import Pick, Spare, as_picks, code_of
 from lightning_structopt.pruning.window import Window
 
 
-class IterativePruning(LetsGo, Callback):
+class IterativePruning(TrainsInRounds, LetsGo, Callback):
     r"""Zeroes the least important weights, a few at a time, while the model trains.
 
     Sparsity is absolute: at the end of the window exactly ``round(sparsity * count)`` of the chosen weights
@@ -151,6 +151,7 @@ class IterativePruning(LetsGo, Callback):
         return sparsity_of(self.masks)
 
     @property
+    @override
     def gone_back(self) -> Horizon:
         """How far the clock of the learning rate is behind training, by rewinding."""
         if self._run is not None and self._run.rewinder is not None and not self._from_checkpoint:
@@ -304,10 +305,6 @@ class IterativePruning(LetsGo, Callback):
                 restart_rates(trainer, pl_module)
             run.forget_pruned(trainer.optimizers, averaged_modules(trainer))
         self._log(trainer, pl_module, on_step=True)
-
-    def round_horizon(self, trainer: Any) -> Horizon:
-        """Return the length of one round of training between rewindings, which is that of the first."""
-        return self._clock.round_horizon(trainer)
 
     def _log(self, trainer: Any, pl_module: "pl.LightningModule", *, on_step: bool) -> None:
         if trainer.barebones:

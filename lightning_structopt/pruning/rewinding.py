@@ -1,6 +1,6 @@
 """Rewinding: after each pruning, training goes on from where it was early on."""
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_structopt._checks import require_in
 from lightning_structopt._dtensors import full, local, part_of
 from lightning_structopt._horizon import Horizon
+from lightning_structopt.pruning.clock import Clock
 
 
 class Rewind(ABC):
@@ -64,6 +65,22 @@ class RewindLR(Rewind):
 
     def __post_init__(self) -> None:
         require_in("to", self.to, 0, 1, closed="left")
+
+
+class TrainsInRounds(ABC):
+    """A callback each of whose prunings may begin a round of training, which is what :class:`LRDecay` asks for."""
+
+    rewind: Rewind | None
+    _clock: Clock
+
+    @property
+    @abstractmethod
+    def gone_back(self) -> Horizon:
+        """How far the clock of the learning rate is behind training, by rewinding."""
+
+    def round_horizon(self, trainer: Any) -> Horizon:
+        """Return the length of one round of training between rewindings, which is that of the first."""
+        return self._clock.round_horizon(trainer)
 
 
 def require_before(rewind: Rewind, begin: float) -> None:

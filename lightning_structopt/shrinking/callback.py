@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from rich import print as rich_print
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -18,15 +18,16 @@ from lightning_structopt._checks import (
     require_in,
     require_lightning,
     require_type,
-    require_whole,
 )
+from lightning_structopt._horizon import Horizon, training_position
 from lightning_structopt._release import HearsLoading
 from lightning_structopt._stand_ins import original_of
 from lightning_structopt.pruning import CubicRamp, IterativePruning, Magnitude
 from lightning_structopt.pruning.clock import Clock
 from lightning_structopt.pruning.criteria import Criterion
-from lightning_structopt.pruning.host import averaged_modules, require_same_on_all_ranks
+from lightning_structopt.pruning.host import averaged_modules, require_same_on_all_ranks, restart_rates
 from lightning_structopt.pruning.ramps import Ramp
+from lightning_structopt.pruning.rewinding import Rewind, TrainsInRounds, require_before
 from lightning_structopt.pruning.window import Window
 from lightning_structopt.shrinking.choice import Scope
 from lightning_structopt.shrinking.examples import example_for
@@ -40,13 +41,12 @@ from lightning_structopt.shrinking.host import (
 )
 from lightning_structopt.shrinking.plan import ShrinkPlan
 from lightning_structopt.shrinking.run import ChannelRun, Limits
-from lightning_structopt.shrinking.savings import Savings, costs_of, savings
+from lightning_structopt.shrinking.savings import Savings, costs_of, savings, tell
 from lightning_structopt.shrinking.start import prepared
 from lightning_structopt.shrinking.targets import Latency, Target
-from lightning_structopt.shrinking.timing import warn_if_missed
 
 
-class ChannelPruning(HearsLoading, Callback):
+class ChannelPruning(HearsLoading, TrainsInRounds, Callback):
     r"""Takes whole channels, heads and neurons away while the model trains, so that it becomes smaller and faster.
 
     Channels are chosen as groups: what depends on each other (the rows that make a channel, its norm, the columns
@@ -83,6 +83,8 @@ class ChannelPruning(HearsLoading, Callback):
             outputs.
         lasso: Strength of a group lasso over channels, from the first step until the window closes: it brings
             whole channels near zero before they go. 0 for none; try 1e-4 to 1e-2, the more the shorter training is.
+        rewind: What goes back to an early moment after each step of the ramp, as in
+            :class:`~lightning_structopt.IterativePruning`: ``RewindWeights(to=0.05)`` or ``RewindLR(to=0.05)``.
         verbose: Whether to print a table of costs before and after removal.
 
     Raises:
@@ -94,8 +96,7 @@ class ChannelPruning(HearsLoading, Callback):
     Example:
         >>> from lightning_structopt.shrinking.targets import FLOPs
         >>> callback = ChannelPruning(FLOPs(0.5))
-        >>> trainer = pl.Trainer(max_epochs=20, callbacks=[callback])  # doctest: +SKIP
-        >>> trainer.fit(module, loader)  # doctest: +SKIP
+        >>> pl.Trainer(max_epochs=20, callbacks=[callback]).fit(module, loader)  # doctest: +SKIP
         >>> small = callback.shrunk
 
     See Fang et al., "DepGraph: Towards Any Structural Pruning" (2023).
@@ -118,6 +119,7 @@ class ChannelPruning(HearsLoading, Callback):
         minimum: int = 1,
         include_normalized: bool = False,
         lasso: float = 0.0,
+        rewind: Rewind | None = None,
         verbose: bool = True,
     ) -> None:
         self.criterion = Magnitude() if criterion is None else criterion
@@ -127,22 +129,23 @@ class ChannelPruning(HearsLoading, Callback):
         require_type("ramp", self.ramp, Ramp)
         require_choice("interval", interval, ("epoch", "step"))
         require_choice("remove", remove, ("end", "now", "never"))
-        require_choice("scope", scope, ("layer", "global"))
-        require_whole("round_to", round_to, 1)
-        require_whole("minimum", minimum, 1)
         require_in("lasso", lasso, 0, math.inf, closed="left")
+        if rewind is not None:
+            require_type("rewind", rewind, Rewind)
+            require_before(rewind, begin)
         self.target = target
         self.interval = interval
         self.remove = remove
         self.example_input = example_input
         self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
         self.lasso = lasso
+        self.rewind = rewind
         self.verbose = verbose
         self.shrunk: nn.Module | None = None
         """The smaller module, after a ``fit`` with ``remove="end"``."""
 
         self._window = Window(begin, end, every)
-        self._clock = Clock(self._window, interval)
+        self._clock = Clock(self._window, interval, None if rewind is None else rewind.to)
         self._limits = Limits(scope, round_to, minimum, include_normalized)
         # Between fits everything rests here, as plain data: no reference to a module outlives its training.
         self._state: dict[str, Any] = {}
@@ -150,6 +153,12 @@ class ChannelPruning(HearsLoading, Callback):
         self._from_checkpoint = self._started = False
         self._run: ChannelRun | None = None
         self._moment: int | None = None
+        self._gone_back = Horizon(0, 0)
+
+    @property
+    @override
+    def gone_back(self) -> Horizon:
+        return self._gone_back
 
     @property
     def plan(self) -> ShrinkPlan | None:
@@ -165,13 +174,13 @@ class ChannelPruning(HearsLoading, Callback):
     @override
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         require_lightning("ChannelPruning", trainer, pl_module)
-        self._from_checkpoint = False
+        self._from_checkpoint, self._gone_back = False, Horizon(0, 0)
         self._listen(shrink_on_load(trainer, pl_module))
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._stop_listening()
-        require_fitting_trainer(trainer, self.remove)
+        require_fitting_trainer(trainer, self.remove, self.rewind)
         self._started, self._run, self.shrunk = False, None, None
 
     @override
@@ -180,6 +189,8 @@ class ChannelPruning(HearsLoading, Callback):
     ) -> None:
         if not self._started:  # not earlier: the module is traced with the inputs of a batch
             self._start(trainer, pl_module, batch)
+        if self._run is not None and self._run.rewinder is not None and self._clock.to_be_marked(trainer):
+            self._run.rewinder.mark(training_position(trainer))
         # A criterion that has seen nothing yet gets to see this batch first.
         if self._is_due(trainer) and self._run is not None and not self._run.collector.waits:
             self._prune(trainer, pl_module)
@@ -223,8 +234,8 @@ class ChannelPruning(HearsLoading, Callback):
             return
         self.shrunk = plan.apply(original_of(pl_module))
         if self._tells(trainer):
-            both = (pl_module, self.shrunk)
-            self._tell(savings(both, run.flops, run.structure.inputs, trainer.strategy.root_device))
+            inputs, device = run.structure.inputs, trainer.strategy.root_device
+            tell(savings((pl_module, self.shrunk), run.flops, inputs, device), self.target, self.verbose)
 
     @override
     def on_exception(
@@ -245,18 +256,13 @@ class ChannelPruning(HearsLoading, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict
         self._from_checkpoint = True
+        if rewinding := state_dict.get("rewinding"):
+            self._gone_back = Horizon(*rewinding["gone_back"])
 
     @override
     def __repr__(self) -> str:
-        limits = self._limits
-        return (
-            f"ChannelPruning({self.target!r}, criterion={self.criterion!r}, ramp={self.ramp!r}, "
-            f"begin={self._window.begin!r}, end={self._window.end!r}, interval={self.interval!r}, "
-            f"every={self._window.every!r}, remove={self.remove!r}, example_input={self.example_input!r}, "
-            f"exclude={self.exclude!r}, scope={limits.scope!r}, round_to={limits.round_to!r}, "
-            f"minimum={limits.minimum!r}, include_normalized={limits.include_normalized!r}, "
-            f"lasso={self.lasso!r}, verbose={self.verbose!r})"
-        )
+        given = {**vars(self._window), **vars(self._limits), **vars(self)}
+        return f"ChannelPruning({', '.join(f'{name}={given[name]!r}' for name in signature(type(self)).parameters)})"
 
     def _start(self, trainer: Any, pl_module: "pl.LightningModule", batch: Any) -> None:
         self._started, self._moment = True, None
@@ -267,7 +273,7 @@ class ChannelPruning(HearsLoading, Callback):
             return  # nothing is left to do
         inputs = trainer.precision_plugin.convert_input(example_for(pl_module, self.example_input, batch))
         known = self._state.get("target_flops") if resumes else None
-        wanted = (self.exclude, self.target, self.criterion, self._limits, self.lasso)
+        wanted = (self.exclude, self.target, self.criterion, self._limits, self.lasso, self.rewind)
         run, flops = prepared(pl_module, inputs, *wanted, known, trainer.strategy)
         for other in trainer.callbacks:
             if isinstance(other, IterativePruning):
@@ -293,6 +299,10 @@ class ChannelPruning(HearsLoading, Callback):
         progress = self._clock.steps.progress(self._moment)
         if run.prune(1 - self.ramp(progress, 1 - run.budget.keep)):
             require_same_on_all_ranks(trainer, run.masks)
+            if run.rewinder is not None:
+                run.go_back(trainer.optimizers, training_position(trainer))
+                self._gone_back = run.rewinder.gone_back
+                restart_rates(trainer, pl_module)
             run.forget_pruned(trainer.optimizers, averaged_modules(trainer))
         if progress == 1:
             self._close(trainer, pl_module, run)
@@ -308,21 +318,16 @@ class ChannelPruning(HearsLoading, Callback):
             inputs, flops = run.structure.inputs, run.flops
             before = costs_of(pl_module, flops[0], inputs) if self._tells(trainer) else None
             run.detach()
-            self._state = {**self._outcome, "left": run.left, "removed": True}
+            gone_back = {"gone_back": [self._gone_back.epochs, self._gone_back.steps]}
+            self._state = {**self._outcome, "left": run.left, "removed": True, "rewinding": gone_back}
             self._run = None
             shrink_during_fit(trainer, pl_module, ShrinkPlan.from_data(self._state["plan"]))
             if before is not None:
-                self._tell(Savings(before, costs_of(pl_module, flops[1], inputs)))
+                tell(Savings(before, costs_of(pl_module, flops[1], inputs)), self.target, self.verbose)
 
     def _tells(self, trainer: Any) -> bool:
         """Whether what was saved is worth timing."""
         return bool(trainer.is_global_zero) and (self.verbose or isinstance(self.target, Latency))
-
-    def _tell(self, saved: Savings) -> None:
-        if isinstance(self.target, Latency):
-            warn_if_missed(self.target.keep, saved.before["latency (ms)"], saved.after["latency (ms)"])
-        if self.verbose:
-            rich_print(saved)
 
     def _log(self, trainer: Any, pl_module: "pl.LightningModule", *, on_step: bool) -> None:
         if not trainer.barebones:  # `sync_dist`, as Lightning warns of epoch values without

@@ -11,8 +11,10 @@ from lightning_structopt.pruning.host import (
     averaged_modules,
     require_end,
     require_optimizers_keep_zeros,
+    require_rewindable,
     require_strategy_keeps_parameters,
 )
+from lightning_structopt.pruning.rewinding import Rewind
 from lightning_structopt.shrinking.loading import plan_in
 from lightning_structopt.shrinking.plan import ShrinkPlan
 from lightning_structopt.shrinking.replacement import shrink_in_place
@@ -20,11 +22,11 @@ from lightning_structopt.shrinking.replacement import shrink_in_place
 Removal: TypeAlias = Literal["end", "now", "never"]
 
 
-def require_fitting_trainer(trainer: Any, remove: Removal) -> None:
+def require_fitting_trainer(trainer: Any, remove: Removal, rewind: Rewind | None) -> None:
     """Raise if channels can't be pruned as ``trainer`` trains the module.
 
     Raises:
-        ValueError: If the strategy, an optimizer or the length of training does not fit.
+        ValueError: If the strategy, an optimizer, the length of training or another callback does not fit.
     """
     require_strategy_keeps_parameters(trainer, "ChannelPruning")
     _require_whole_parameters(trainer)
@@ -32,6 +34,8 @@ def require_fitting_trainer(trainer: Any, remove: Removal) -> None:
         require_replaceable(trainer, '`remove="now"`', 'Give `remove="end"`.')
     require_optimizers_keep_zeros(trainer.optimizers)
     require_end(trainer)
+    if rewind is not None:
+        require_rewindable(trainer, rewind)
 
 
 def _require_whole_parameters(trainer: Any) -> None:

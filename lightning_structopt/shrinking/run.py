@@ -10,10 +10,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_structopt._checks import require_choice, require_whole
+from lightning_structopt._horizon import Horizon
 from lightning_structopt.pruning.criteria import Criterion
 from lightning_structopt.pruning.evidence import EvidenceCollector
 from lightning_structopt.pruning.holding import Holding
 from lightning_structopt.pruning.masks import MaskSet
+from lightning_structopt.pruning.rewinding import Rewind, Rewinder
 from lightning_structopt.shrinking.budget import NOTHING, Budget
 from lightning_structopt.shrinking.choice import Order, Scope, importance, scored_parameters
 from lightning_structopt.shrinking.costs import flop_count
@@ -37,12 +40,21 @@ class Limits:
         round_to: What remains of a group is a multiple of it, or all.
         minimum: How many members of a group remain at least.
         include_normalized: Whether what a normalization reduces over may go.
+
+    Raises:
+        TypeError: If a number is not whole.
+        ValueError: If an argument is out of range.
     """
 
     scope: Scope
     round_to: int
     minimum: int
     include_normalized: bool
+
+    def __post_init__(self) -> None:
+        require_choice("scope", self.scope, ("layer", "global"))
+        require_whole("round_to", self.round_to, 1)
+        require_whole("minimum", self.minimum, 1)
 
 
 class ChannelRun(Holding):
@@ -55,6 +67,7 @@ class ChannelRun(Holding):
         criterion: How important a weight is.
         limits: What restricts the choice.
         lasso: The strength of a group lasso over channels, until :meth:`close`; 0 for none.
+        rewind: What goes back after each pruning, if anything.
     """
 
     def __init__(
@@ -65,6 +78,7 @@ class ChannelRun(Holding):
         criterion: Criterion,
         limits: Limits,
         lasso: float = 0.0,
+        rewind: Rewind | None = None,
     ) -> None:
         self.structure = structure
         self.groups = groups
@@ -74,6 +88,7 @@ class ChannelRun(Holding):
         module = structure.module
         masks = MaskSet({n: p for n, p in module.named_parameters() if n in names})
         super().__init__(masks, EvidenceCollector(criterion, scored_parameters(module, groups)), module)
+        self.rewinder = Rewinder(rewind, module) if rewind is not None else None
         self._limits = limits
         self._lasso = CoupledLasso(structure, groups, lasso) if lasso else None
         self._keep = 1.0  # what was asked for last
@@ -136,6 +151,12 @@ class ChannelRun(Holding):
         self.collector.forget()
         return True
 
+    def go_back(self, optimizers: Sequence[Optimizer], now: Horizon) -> None:
+        """Rewind what is to be rewound; what is gone stays zero."""
+        if self.rewinder is not None:
+            self.rewinder.go_back(optimizers, now)
+            self.masks.apply()
+
     def _order(self, scores: Sequence[Tensor]) -> Order:
         gone = [torch.isin(group.classes, self.dropped) for group in self.groups]
         limits = self._limits
@@ -183,6 +204,7 @@ class ChannelRun(Holding):
             "asked": self._keep,
             "left": self.left,
             "evidence": self.collector.state_dict(),
+            "rewinding": None if self.rewinder is None else self.rewinder.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -194,6 +216,8 @@ class ChannelRun(Holding):
         require_same_shapes("The state of `ChannelPruning`", state["shapes"], self.masks.parameters)
         self._keep = state["asked"]
         self._drop(self._dropped_of(state))
+        if self.rewinder is not None and state.get("rewinding"):
+            self.rewinder.load_state_dict(state["rewinding"])
         if state["evidence"]:
             self.collector.load_state_dict(state["evidence"])
 

@@ -1,18 +1,20 @@
 """What removal saved, as a table."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich import print as rich_print
 from rich.table import Table
 from torch import nn
 from typing_extensions import override
 
 from lightning_structopt._devices import device_of, moved
 from lightning_structopt.profiling.tabular import Tabular
-from lightning_structopt.shrinking.timing import time_of
+from lightning_structopt.shrinking.copies import copied
+from lightning_structopt.shrinking.targets import Latency, Target
+from lightning_structopt.shrinking.timing import time_of, warn_if_missed
 from lightning_structopt.shrinking.tracing import tensors_of
 
 
@@ -72,13 +74,21 @@ def costs_of(
     """
     home = device_of(module)
     there = home if device is None else device
-    timed = module if there == home else copy.deepcopy(module).to(there)
+    timed = module if there == home else copied(module).to(there)
     return {
         "parameters": sum(each.numel() for each in module.parameters()),
         "FLOPs": flops,
         "bytes": sum(each.numel() * each.element_size() for each in tensors_of(module).values()),
         "latency (ms)": time_of(timed, moved(inputs, there)),
     }
+
+
+def tell(saved: Savings, target: Target, verbose: bool) -> None:
+    """Print what was saved if ``verbose``, and warn if it is not the latency that was asked for."""
+    if isinstance(target, Latency):
+        warn_if_missed(target.keep, saved.before["latency (ms)"], saved.after["latency (ms)"])
+    if verbose:
+        rich_print(saved)
 
 
 def _number(value: float) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_structopt.pruning.criteria import Criterion
+from lightning_structopt.pruning.rewinding import Rewind
 from lightning_structopt.shrinking.budget import Budget
 from lightning_structopt.shrinking.channels import groups_to_choose_from
 from lightning_structopt.shrinking.choice import Order
@@ -24,6 +25,7 @@ def prepared(
     criterion: Criterion,
     limits: Limits,
     lasso: float,
+    rewind: Rewind | None,
     known_flops: float | None,
     strategy: Any,
 ) -> tuple[ChannelRun, float | None]:
@@ -37,6 +39,7 @@ def prepared(
         criterion: How important a weight is.
         limits: What restricts the choice.
         lasso: The strength of a group lasso over channels.
+        rewind: What goes back after each pruning, if anything.
         known_flops: The fraction of FLOPs that a target of latency was found to be, in the run that goes on.
         strategy: Lightning's, which tells all ranks what the first one timed.
 
@@ -53,7 +56,7 @@ def prepared(
         if flops is None:
             flops = float(strategy.broadcast(flops_for(structure, groups, target, limits)))
         target = FLOPs(flops)
-    run = ChannelRun(structure, groups, target, criterion, limits, lasso)
+    run = ChannelRun(structure, groups, target, criterion, limits, lasso, rewind)
     run.rehearse()
     return run, flops
 

@@ -62,6 +62,9 @@ CALLBACKS: dict[str, Make] = {
     "ChannelPruning, steps": lambda: so.ChannelPruning(
         so.Parameters(0.6), criterion=so.Taylor(), interval="step", every=2, remove="never", verbose=False
     ),
+    "ChannelPruning, rewinding": lambda: so.ChannelPruning(
+        so.ChannelRatio(0.5), begin=0.3, rewind=so.RewindWeights(to=0.25), verbose=False
+    ),
     "SnapshotEnsemble": lambda: so.SnapshotEnsemble(cycles=2, minimum=0.1),
     "NetworkGrowth": lambda: so.NetworkGrowth(
         so.Plateau("train_loss", patience=9), deepen=so.Deepen(kind="residual"), verbose=False
