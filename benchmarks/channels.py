@@ -2,19 +2,21 @@
 
     python benchmarks/channels.py                  # latency of four networks, before and after
     python benchmarks/channels.py --part quality   # Fashion-MNIST, a small ResNet, half its operations
+    python benchmarks/channels.py --part time      # what it takes to make a network smaller
 
 Torch-Pruning's group pruner runs beside ours where it is installed (`pip install torch-pruning`).
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean, median, stdev
+from typing import Any, TypeVar
 
 import torch
-from accuracy import BATCH_SIZE, NETWORKS, Classifier
+from accuracy import BATCH_SIZE, NETWORKS, Trained
 from common import Batches, images, parse_arguments, quiet_trainer, top1, write_as_they_come
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +27,7 @@ from zoo import load
 from lightning_structopt.profiling.latency import latency
 from lightning_structopt.shrinking import ChannelPruning, ChannelRatio, FLOPs, channel_report, prune_channels
 
+Module = TypeVar("Module", bound=nn.Module)
 KEEP = 0.5
 TIMED = (
     "torchvision:resnet18",
@@ -32,6 +35,7 @@ TIMED = (
     "torchvision:mobilenet_v2",
     "timm:vit_base_patch16_224",
 )
+SHRUNK = ("torchvision:resnet50", "torchvision:densenet121")
 IMAGE = torch.zeros(2, 1, 28, 28)
 
 
@@ -60,6 +64,27 @@ def timings(fast: bool, seeds: int) -> Iterator[dict[str, Any]]:
             }
 
 
+def durations(fast: bool, seeds: int) -> Iterator[dict[str, Any]]:
+    """Time how long it takes to remove half of all channels, in turn; `seeds` is the number of rounds.
+
+    Ours also compares outputs with those of the masked network, in evaluation and training.
+    """
+    for spec in SHRUNK[:1] if fast else SHRUNK:
+        module, inputs = load(spec)
+        ways: dict[str, Callable[[], Any]] = {
+            "ours": partial(prune_channels, module, ChannelRatio(KEEP), inputs)
+        }
+        if find_spec("torch_pruning") is not None:
+            ways["Torch-Pruning"] = partial(torch_pruned, module, KEEP, inputs[0][:1])
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(seeds):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                way()
+                seconds[name].append(time.perf_counter() - start)
+        yield {"model": spec, **{f"{name} (s)": median(each) for name, each in seconds.items()}}
+
+
 @torch.no_grad()
 def operations(module: nn.Module) -> int:
     """Return the floating-point operations of one image or two."""
@@ -68,7 +93,7 @@ def operations(module: nn.Module) -> int:
     return int(counter.get_total_flops())
 
 
-def fit(module: Classifier, data: tuple[Tensor, ...], epochs: int, seed: int, *callbacks: Any) -> Classifier:
+def fit(module: Trained, data: tuple[Tensor, ...], epochs: int, seed: int, *callbacks: Any) -> Trained:
     quiet_trainer(max_epochs=epochs, callbacks=list(callbacks)).fit(
         module.train(), Batches(data[0], data[1], BATCH_SIZE, seed=seed)
     )
@@ -76,12 +101,12 @@ def fit(module: Classifier, data: tuple[Tensor, ...], epochs: int, seed: int, *c
 
 
 def in_two_parts(
-    shrink: Callable[[Classifier], Classifier],
+    shrink: Callable[[Trained], Trained],
     before: float,
-    module: Classifier,
+    module: Trained,
     data: tuple[Tensor, ...],
     seed: int,
-) -> Classifier:
+) -> Trained:
     """Train for a part of the epochs, make smaller, train for the rest."""
     epochs = module.network.epochs
     first = round(before * epochs)
@@ -90,21 +115,21 @@ def in_two_parts(
     return fit(shrink(module), data, epochs - first, seed + 100)
 
 
-def dense(module: Classifier, data: tuple[Tensor, ...], seed: int) -> Classifier:
+def dense(module: Trained, data: tuple[Tensor, ...], seed: int) -> Trained:
     return fit(module, data, module.network.epochs, seed)
 
 
-def ours(module: Classifier, data: tuple[Tensor, ...], seed: int, **options: Any) -> Classifier:
+def ours(module: Trained, data: tuple[Tensor, ...], seed: int, **options: Any) -> Trained:
     given = {"begin": 0.1, "end": 0.6, "interval": "step", "every": 20, "remove": "now", "verbose": False}
     pruning = ChannelPruning(FLOPs(KEEP), example_input=IMAGE, **{**given, **options})
     return fit(module, data, module.network.epochs, seed, pruning)
 
 
-def one_shot(module: Classifier) -> Classifier:
+def one_shot(module: Trained) -> Trained:
     return prune_channels(module, FLOPs(KEEP), IMAGE)
 
 
-def torch_pruning(module: Classifier) -> Classifier:
+def torch_pruning(module: Trained) -> Trained:
     """Prune by the group pruner of Torch-Pruning, at the ratio of channels that leaves half the operations."""
     low, high = 0.0, 1.0
     for _ in range(8):
@@ -115,13 +140,13 @@ def torch_pruning(module: Classifier) -> Classifier:
     return torch_pruned(module, high)
 
 
-def torch_pruned(module: Classifier, ratio: float) -> Classifier:
+def torch_pruned(module: Module, ratio: float, image: Tensor = IMAGE) -> Module:
     import torch_pruning as tp
 
     small = copy.deepcopy(module)
     pruner = tp.pruner.BasePruner(
         small,
-        IMAGE,
+        image,
         importance=tp.importance.GroupMagnitudeImportance(p=1),
         pruning_ratio=ratio,
         ignored_layers=[layer for layer in small.modules() if isinstance(layer, nn.Linear)],
@@ -130,7 +155,7 @@ def torch_pruned(module: Classifier, ratio: float) -> Classifier:
     return small
 
 
-CONTENDERS: dict[str, Callable[[Classifier, tuple[Tensor, ...], int], Classifier]] = {
+CONTENDERS: dict[str, Callable[[Trained, tuple[Tensor, ...], int], Trained]] = {
     "dense": dense,
     "half the operations from the start": partial(in_two_parts, one_shot, 0.0),
     "ChannelPruning": ours,
@@ -150,7 +175,7 @@ def qualities(fast: bool, seeds: int) -> Iterator[dict[str, Any]]:
         scores, left = [], 1.0
         for seed in range(seeds):
             torch.manual_seed(seed)
-            module = Classifier(NETWORKS["resnet"])
+            module = Trained(NETWORKS["resnet"])
             whole = operations(module)
             trained = contender(module, data, seed).eval()
             scores.append(top1(trained, data))
@@ -177,7 +202,7 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-PARTS = {"latency": timings, "quality": qualities}
+PARTS = {"latency": timings, "quality": qualities, "time": durations}
 
 
 def main() -> None:
