@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,27 @@ def without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def without_autocast() -> Iterator[list[Any]]:
+    """Let regions of ``torch.autocast`` in a ``forward`` do nothing, and give those that were met.
+
+    Half precision rounds too much to compare outputs, and ``torch.export`` makes graphs within the graph of them.
+    """
+    kind: Any = torch.autocast
+    enter, leave = kind.__enter__, kind.__exit__
+    met: list[Any] = []
+
+    def note(region: Any) -> Any:
+        met.append(region)
+        return region
+
+    try:
+        kind.__enter__, kind.__exit__ = note, lambda region, *error: None
+        yield met
+    finally:
+        kind.__enter__, kind.__exit__ = enter, leave
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Small networks with everything that makes channels depend on each other, and the inputs they take."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -154,6 +155,97 @@ class Recurrent(nn.Module):
         return self.head(self.cells(self.stem(x).tanh())[0][:, -1])
 
 
+class Cells(nn.Module):
+    """One step after the other, from zeros or from what another layer says."""
+
+    def __init__(self, kind: type[nn.RNNCellBase], start: str) -> None:
+        super().__init__()
+        self.start = start
+        self.stem, self.first = nn.Linear(4, 6), nn.Linear(4, 8)
+        self.cell, self.head = kind(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = None  # of which the cell makes zeros
+        if self.start != "none":
+            zeros = torch.zeros(len(x), self.cell.hidden_size)
+            hidden = self.first(x[:, 0]).tanh() if self.start == "layer" else zeros
+            state = (hidden, zeros) if isinstance(self.cell, nn.LSTMCell) else hidden
+        for step in self.stem(x).unbind(1):
+            state = self.cell(step, state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+class Encoded(nn.Module):
+    """A recurrent layer that starts from what another one ended with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reader, self.writer = nn.GRU(4, 8, batch_first=True), nn.GRU(4, 8, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.writer(x[:, :2], self.reader(x)[1])[0])
+
+
+class Picked(nn.Module):
+    """Elements picked by their order, by a permutation, and from a table that no index reads to the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.table = nn.Parameter(torch.randn(9, 8))
+        self.register_buffer("order", torch.tensor([3, 1, 0, 2, 4]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x.gather(1, x.argsort(1))[:, self.order] + self.table[self.order]
+        return self.head(x.relu()).index_select(1, self.order[:2])
+
+
+class Vectors(nn.Module):
+    """Matrices times vectors, and an einsum with an ellipsis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.one, self.other = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+        self.weight = nn.Parameter(torch.randn(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        mixed = torch.einsum("...c, co -> ...o", x, self.weight)
+        return mixed + (x @ self.one + x[:, 0].mv(self.other)[:, None])[..., None] + self.one.dot(self.other)
+
+
+class Resized(nn.Module):
+    """Volumes of another size, and an image read where a grid says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv3d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.interpolate(self.stem(x), scale_factor=2, mode="trilinear")[:, :, 0]
+        grid = nn.functional.affine_grid(torch.eye(2, 3).expand(len(x), 2, 3), [len(x), 1, 4, 4], False)
+        return self.head(nn.functional.grid_sample(x, grid, align_corners=False))
+
+
+class CastNorms(nn.Module):
+    """Norms with running statistics in a region of another precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.inner = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.GroupNorm(4, 8), nn.ReLU())
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.inner(x)
+        return self.head(x.float())
+
+
 class Tied(nn.Module):
     """A language model whose head is its embedding, so that the features are under no norm."""
 
@@ -255,6 +347,18 @@ def normalized_mlp(norm: Callable[[int], nn.Module]) -> nn.Module:
     )
 
 
+def old_weight_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+def lengths_apart(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return nn.Sequential(
+        norm(nn.Conv1d(4, 8, 3)), nn.ReLU(), norm(nn.Conv1d(8, 8, 1)), nn.ReLU(), norm(nn.Conv1d(8, 3, 1))
+    )
+
+
 def efficient_net() -> nn.Module:
     settings = [MBConvConfig(1, 3, 1, 8, 8, 1, 1, 1), MBConvConfig(4, 3, 2, 8, 16, 2, 1, 1)]
     return EfficientNet(settings, dropout=0.2, num_classes=5, last_channel=32)
@@ -297,6 +401,24 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "shuffle": (Shuffle, lambda: image(8)),
     "lstm": (lambda: Recurrent(nn.LSTM), lambda: torch.randn(2, 5, 4)),
     "gru": (lambda: Recurrent(nn.GRU), lambda: torch.randn(2, 5, 4)),
+    **{
+        f"{kind.__name__.lower()}_from_{start}": (partial(Cells, kind, start), lambda: torch.randn(2, 3, 4))
+        for kind, start in [
+            *((nn.LSTMCell, start) for start in ("none", "zeros", "layer")),
+            *((nn.GRUCell, "zeros"), (nn.RNNCell, "none")),
+        ]
+    },
+    "encoded": (Encoded, lambda: torch.randn(2, 5, 4)),
+    "picked": (Picked, lambda: torch.randn(2, 5, 6)),
+    "vectors": (Vectors, lambda: torch.randn(2, 5, 6)),
+    "resized": (Resized, lambda: torch.randn(2, 3, 4, 4, 4)),
+    "cast_norms": (CastNorms, lambda: image(8)),
+    "channel_shuffle": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 1), nn.ChannelShuffle(2), nn.AlphaDropout(), nn.Conv2d(8, 2, 1)
+        ),
+        lambda: image(6),
+    ),
     "tied": (Tied, lambda: torch.randint(11, (2, 5))),
     "two_by_two": (TwoByTwo, lambda: (torch.randn(3, 4), torch.randn(3, 5))),
     "auxiliary": (Auxiliary, lambda: torch.randn(3, 4)),
@@ -314,13 +436,10 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "batch_norm": (lambda: normalized_mlp(nn.BatchNorm1d), lambda: torch.randn(3, 5)),
     "prelu": (lambda: normalized_mlp(nn.PReLU), lambda: torch.randn(3, 5)),
     "weight_norm": (
-        lambda: nn.Sequential(
-            nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)),
-            nn.ReLU(),
-            nn.utils.parametrizations.weight_norm(nn.Linear(8, 3)),
-        ),
-        lambda: torch.randn(3, 4),
+        partial(lengths_apart, nn.utils.parametrizations.weight_norm),
+        lambda: torch.randn(3, 4, 9),
     ),
+    "old_weight_norm": (partial(lengths_apart, old_weight_norm), lambda: torch.randn(3, 4, 9)),
     "transposed": (
         lambda: nn.Sequential(
             nn.Conv2d(3, 8, 3),

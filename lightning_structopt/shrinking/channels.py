@@ -10,7 +10,7 @@ from lightning_structopt.pruning.criteria import Criterion, Magnitude
 from lightning_structopt.shrinking.budget import Budget
 from lightning_structopt.shrinking.choice import Order, Scope, importance
 from lightning_structopt.shrinking.groups import ChannelGroup
-from lightning_structopt.shrinking.removal import remove
+from lightning_structopt.shrinking.removal import reasons, remove
 from lightning_structopt.shrinking.report import ShrinkReport
 from lightning_structopt.shrinking.same_class import without_hard_coded
 from lightning_structopt.shrinking.structure import Structure, structure_of
@@ -139,8 +139,18 @@ def groups_to_choose_from(
         groups = without_hard_coded(structure, groups)
     if not groups:
         raise ValueError(
-            "Pruning channels needs some that can go. Found none: all reach the output, are excluded, are under "
-            "a norm, have sizes that are written into code, or go through operators without a rule. "
-            "`shrink_report(...).explain()` says which."
+            f"Pruning channels needs some that can go. Found none, because of {_what_keeps(structure, same_class)}. "
+            "Shorten `exclude`, or give `include_normalized=True` or `same_class=False` where that is the reason."
         )
     return groups
+
+
+def _what_keeps(structure: Structure, same_class: bool) -> str:
+    """Say why nothing can go, what keeps the most first."""
+    found = sorted(reasons(structure).items(), key=lambda each: -sum(each[1].values()))
+    said = [f"{why} (`{next(iter(names))}`)" for why, names in found[:3] if names]
+    if any(group.normalized for group in structure.found.groups):
+        said.append("norms and means that reduce over channels")
+    if same_class and structure.found.groups:
+        said.append("sizes that are written into code")
+    return "; ".join(said) or "its having no weights"

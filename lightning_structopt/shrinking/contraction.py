@@ -1,6 +1,7 @@
 """Operators that multiply and add up: what is contracted with each other goes together."""
 
-from collections.abc import Iterable
+import string
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -106,14 +107,13 @@ def along(vector: Labelled, ndim: int, dim: int) -> Labelled:
 
 
 def matmul(call: Call) -> Value:
-    """Multiply matrices, with batches."""
-    names = [name for name in ("self", "other", "mat2") if name in call.arguments]
+    """Multiply matrices, with batches, and vectors."""
+    names = [name for name in ("self", "other", "mat2", "vec", "tensor") if name in call.arguments]
     left, right = (call.tensor(name) for name in names)
-    if left.ndim < 2 or right.ndim < 2:
-        return call.fix_all()
-    batch = "abdefghij"[: len(call.shape) - 2]
-    one, other = batch[len(batch) - left.ndim + 2 :], batch[len(batch) - right.ndim + 2 :]
-    return contract(call.space, left, right, f"{one}mk,{other}kn->{batch}mn", call.why)
+    row, column = "m" * (left.ndim > 1), "n" * (right.ndim > 1)
+    batch = "abdefghij"[: len(call.shape) - len(row + column)]
+    one, other = (batch[len(batch) - max(each.ndim - 2, 0) :] for each in (left, right))
+    return contract(call.space, left, right, f"{one}{row}k,{other}k{column}->{batch}{row}{column}", call.why)
 
 
 def matmul_and_add(call: Call) -> Value:
@@ -126,15 +126,46 @@ def matmul_and_add(call: Call) -> Value:
 
 
 def einsum(call: Call) -> Value:
-    """``torch.einsum`` of two tensors without an ellipsis."""
-    equation = call.arguments["equation"].replace(" ", "")
+    """``torch.einsum`` of two tensors."""
     tensors = [call.of(each) for each in call.arguments["tensors"]]
-    if len(tensors) != 2 or "." in equation or "->" not in equation:
+    ranks = [each.ndim for each in tensors if isinstance(each, Labelled)]
+    equation = spelled_out(call.arguments["equation"], ranks)
+    if len(tensors) != 2 or "->" not in equation or _repeats(equation):
         return call.fix_all()
     left, right = tensors
     assert isinstance(left, Labelled)
     assert isinstance(right, Labelled)
     return contract(call.space, left, right, equation, call.why)
+
+
+def spelled_out(equation: str, ranks: Sequence[int]) -> str:
+    """Return the equation of an einsum with letters in the place of its ellipsis.
+
+    Args:
+        equation: As the user wrote it.
+        ranks: The number of dimensions of each tensor.
+
+    Example:
+        >>> spelled_out("...c, co -> ...o", [3, 2])
+        'ABc,co->ABo'
+    """
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    parts = inputs.split(",")
+    hidden = [
+        rank - len(part.replace("...", "")) if "..." in part else 0
+        for part, rank in zip(parts, ranks, strict=True)
+    ]
+    letters = [each for each in string.ascii_uppercase if each not in equation][: max(hidden, default=0)]
+    spelled = (
+        part.replace("...", "".join(letters[len(letters) - count :]))
+        for part, count in zip(parts, hidden, strict=True)
+    )
+    return ",".join(spelled) + arrow + output.replace("...", "".join(letters))
+
+
+def _repeats(equation: str) -> bool:
+    """Tell whether a tensor has the same letter twice, which is a diagonal."""
+    return any(len(set(part)) < len(part) for part in equation.partition("->")[0].split(","))
 
 
 def attention(call: Call) -> Value:

@@ -6,6 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_structopt.shrinking.contraction import spelled_out
 from lightning_structopt.shrinking.labels import Labelled
 from lightning_structopt.shrinking.literals import Sizes
 from lightning_structopt.shrinking.operators import arguments_of, operator_name
@@ -65,6 +66,7 @@ def _counts(node: fx.Node) -> bool:
     return name.startswith("conv") or name in {
         *_MATRIX_PRODUCTS,
         *("linear", "einsum", "scaled_dot_product_attention", "lstm", "gru", "rnn_tanh", "rnn_relu"),
+        *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
     }
 
 
@@ -86,13 +88,17 @@ def _multiplications(node: fx.Node, sizes: Sizes) -> int:
     if name == "einsum":
         return _product(sizes_of_letters(node, sizes))
     source = sizes.shape(sizes.of(arguments["input"]))
+    if name.endswith("_cell"):
+        matrices = _matrices([arguments["w_ih"], arguments["w_hh"]], sizes)
+        return _product(source[:-1]) * sum(map(_product, matrices))
     return source[0] * source[1] * sum(_product(shape) for shape in _matrices(arguments["params"], sizes))
 
 
 def sizes_of_letters(node: fx.Node, sizes: Sizes) -> tuple[int, ...]:
     """Return the size of each letter of an einsum."""
     arguments = arguments_of(node)
-    inputs = arguments["equation"].replace(" ", "").split("->")[0].split(",")
+    ranks = [sizes.of(tensor).ndim for tensor in arguments["tensors"]]
+    inputs = spelled_out(arguments["equation"], ranks).partition("->")[0].split(",")
     letters: dict[str, int] = {}
     for names, tensor in zip(inputs, arguments["tensors"], strict=True):
         for letter, size in zip(names, sizes.shape(sizes.of(tensor)), strict=False):

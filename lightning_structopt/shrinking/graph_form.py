@@ -10,10 +10,11 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from typing_extensions import override
 
+from lightning_structopt.shrinking.exporting import export
 from lightning_structopt.shrinking.literals import Literal, Scaled, changed_literals
 from lightning_structopt.shrinking.operators import arguments_of
 from lightning_structopt.shrinking.surgery import smaller_copy
-from lightning_structopt.shrinking.tracing import Trace, export, walk
+from lightning_structopt.shrinking.tracing import Trace, walk
 
 Kept = Mapping[str, Mapping[int, list[int]]]
 

@@ -152,38 +152,53 @@ def _excluded(origins: Sequence[Origin], exclude: Sequence[str]) -> Tensor:
 
 def _alike(trace: Trace, classes: Tensor) -> tuple[ChannelGroup, ...]:
     """Sort the classes that can go by what they are made of."""
-    members: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for slot, origin in enumerate(trace.origins):
-        own = classes[origin.first : origin.first + origin.size].tolist()
-        for index, each in enumerate(own):
-            if each:
-                members[each][slot].append(index)
-    alike: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
-    for each, slots in members.items():
-        alike[tuple((slot, len(indices)) for slot, indices in slots.items())].append(each)
-    alive = set(trace.space.alive_classes(classes).tolist())
-    normalized = set(trace.space.normalized_classes(classes).tolist())
+    kinds = _kinds(trace.origins, classes)
+    slots: dict[int, dict[Slot, Tensor]] = defaultdict(dict)
+    members: dict[int, Tensor] = {}
+    for origin in trace.origins:
+        own = _own(origin, classes)
+        indices = own.nonzero()[:, 0]
+        ordered = indices[own[indices].argsort(stable=True)]
+        for kind in dict.fromkeys(kinds[own[indices]].tolist()):
+            mine = ordered[kinds[own[ordered]] == kind]
+            members.setdefault(kind, own[mine].unique())  # type: ignore[no-untyped-call]
+            slots[kind][origin.name, origin.dim] = mine.reshape(len(members[kind]), -1)
+    alive, normalized = trace.space.alive_classes(classes), trace.space.normalized_classes(classes)
     return tuple(
-        _group(trace.origins, members, sorted(each), alive, normalized) for each in alike.values() if len(each) > 1
-    )  # fmt: skip
+        _group(slots[kind], each, ~torch.isin(each, alive), bool(torch.isin(each, normalized).any()))
+        for kind, each in members.items()
+        if len(each) > 1
+    )
+
+
+def _own(origin: Origin, classes: Tensor) -> Tensor:
+    return classes[origin.first : origin.first + origin.size]
+
+
+def _kinds(origins: Sequence[Origin], classes: Tensor) -> Tensor:
+    """Return a number for each class, equal for classes that have as many indices of each parameter and dimension."""
+    kinds = torch.zeros(len(classes), dtype=torch.int64)
+    last = 0
+    for origin in origins:
+        own = _own(origin, classes)
+        members, counts = own[own != 0].unique(return_counts=True)  # type: ignore[no-untyped-call]
+        if len(members):
+            # Those that were alike so far, and have as many indices here, remain so.
+            together = kinds[members] * (1 + int(counts.max())) + counts
+            _, number = together.unique(return_inverse=True)
+            kinds[members] = last + 1 + number
+            last = int(kinds[members].max())
+    return kinds
 
 
 def _group(
-    origins: Sequence[Origin],
-    members: Mapping[int, Mapping[int, list[int]]],
-    ordered: list[int],
-    alive: set[int],
-    normalized: set[int],
+    slots: Mapping[Slot, Tensor], classes: Tensor, removable: Tensor, normalized: bool
 ) -> ChannelGroup:
-    slots = {
-        (origins[slot].name, origins[slot].dim): torch.tensor([members[each][slot] for each in ordered])
-        for slot in members[ordered[0]]
-    }
     name, dim = next(iter(slots))
     return ChannelGroup(
         name=name if dim == 0 else f"{name}[{dim}]",
         slots=slots,
-        classes=torch.tensor(ordered),
-        removable=torch.tensor([each not in alive for each in ordered]),
-        normalized=any(each in normalized for each in ordered),
+        classes=classes,
+        removable=removable,
+        normalized=normalized,
     )

@@ -134,6 +134,8 @@ def _literals(node: fx.Node, sizes: Sizes) -> Iterator[tuple[str, Any, Any]]:
         )
     elif name == "slice":
         yield from _ends(arguments, sizes)
+    elif name in {"zeros", "full"} and result.layers:
+        yield "size", list(arguments["size"]), _resized(list(arguments["size"]), sizes.shape(result))
     elif name == "narrow":
         yield "length", arguments["length"], sizes.size(result, arguments["dim"])
     elif name.startswith("conv"):

@@ -15,8 +15,6 @@ from lightning_structopt.shrinking.zeros import both_zero
 # These run on labels as they are, in full size (which `expand` makes cheap).
 MOVES = {
     "_unsafe_view",
-    "as_strided",
-    "channel_shuffle",
     "diagonal",
     "expand",
     "expand_as",
@@ -30,14 +28,12 @@ MOVES = {
     "repeat",
     "reshape",
     "reshape_as",
-    "roll",
     "squeeze",
     "swapaxes",
     "t",
     "tile",
     "transpose",
     "unflatten",
-    "unfold",
     "unsqueeze",
     "view",
     "view_as",
@@ -50,6 +46,11 @@ SAME = {"_to_copy", "alias", "clone", "contiguous", "detach", "dropout", "featur
 def same(call: Call) -> Value:
     """Pass labels through."""
     return Labelled(call.shape, call.tensors()[0].layers)
+
+
+def same_of_each(call: Call) -> Value:
+    """Pass labels through to each of several results."""
+    return call.results(call.tensors()[0].layers)
 
 
 def move(call: Call) -> Value:
@@ -87,6 +88,20 @@ def run_on(layer: Layer, shape: tuple[int, ...], operator: Callable[[Tensor], Te
     return compact(codes // 2, codes % 2 == 1)
 
 
+def move_whole(call: Call) -> Value:
+    """``roll`` and ``unfold``: distances are counted in elements, so that along these dimensions all stay."""
+    dims = call.dims("dims") if call.name == "roll" else [call.dim("dimension")]
+    whole = collapse_all(call, call.tensor("self"), dims)
+    return Labelled(call.shape, _moved(whole, _itself(call)))
+
+
+def shuffle(call: Call) -> Value:
+    """``channel_shuffle``: the same channels of every group go."""
+    source = call.tensor("self")
+    alike = _alike(call, source, 1, source.shape[1] // call.plain(call.arguments["groups"]))
+    return Labelled(call.shape, _moved(alike, _itself(call)))
+
+
 def split(call: Call) -> Value:
     """Cut along a dimension; parts of equal size that code counts must stay equal."""
     source, dim = call.tensor("self"), call.dim()
@@ -100,6 +115,11 @@ def split(call: Call) -> Value:
         for start, shape in zip(starts, call.shapes, strict=False)
     )
     return tuple(_not_alone(call, source, part, dim) for part in parts)
+
+
+def split_whole(call: Call) -> Value:
+    """``tensor_split``: cut along a dimension that stays whole."""
+    return call.results(collapse_all(call, call.tensor("self"), [call.dim()]).layers)
 
 
 def _alike(call: Call, source: Labelled, dim: int, size: int) -> Labelled:
@@ -227,20 +247,35 @@ def pad(call: Call) -> Value:
 
 
 def index(call: Call) -> Value:
-    """Advanced indexing by constants moves labels; by data it needs the indexed dimensions whole."""
-    source = call.tensor("self")
+    """Advanced indexing: the indexed dimensions stay whole, also where no index points, as nobody counts anew."""
     where: list[Any] = list(call.arguments["indices"])
-    dims = [dim for dim, each in enumerate(where) if each is not None]
-    known = [None if each is None else call.constant(each) for each in where]
     for each in where:
         _fix(call, each)
-    if all(known[dim] is not None for dim in dims):
-        picks = tuple(slice(None) if each is None else each for each in known)
-        return Labelled(call.shape, _moved(source, lambda full: full[picks]))
-    whole = collapse_all(call, source, dims)
-    zeros = tuple(None if each is None else torch.zeros(_indexed(call), dtype=torch.int64) for each in where)
-    picks = tuple(slice(None) if each is None else each for each in zeros)
+    if any(each is not None and each.meta["val"].dtype in {torch.bool, torch.uint8} for each in where):
+        return call.fix_all()  # by a mask: how many it picks depends on data
+    whole = collapse_all(
+        call, call.tensor("self"), [dim for dim, each in enumerate(where) if each is not None]
+    )
+    first = torch.zeros(_indexed(call), dtype=torch.int64)
+    picks = tuple(slice(None) if each is None else first for each in where)
     return Labelled(call.shape, _moved(whole, lambda full: full[picks]))
+
+
+def index_select(call: Call) -> Value:
+    """Pick along a dimension, which stays whole."""
+    _fix(call, call.arguments["index"])
+    whole = collapse_all(call, call.tensor("self"), [call.dim()])
+    return Labelled(call.shape, whole.layers)
+
+
+def gather(call: Call) -> Value:
+    """Pick along a dimension, which stays whole, for each element along the others: these go with their index."""
+    dim = call.dim()
+    source, where = (collapse_all(call, call.tensor(name), [dim]) for name in ("self", "index"))
+    if source.shape[:dim] + source.shape[dim + 1 :] != where.shape[:dim] + where.shape[dim + 1 :]:
+        return call.fix_all()  # only the first elements along another dimension are read
+    one = Labelled(source.shape[:dim] + (1,) + source.shape[dim + 1 :], source.layers)
+    return merge(call.space, [one, where], call.shape, lambda zeros: zeros[0], call.why)
 
 
 def _indexed(call: Call) -> tuple[int, ...]:

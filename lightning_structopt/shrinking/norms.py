@@ -19,6 +19,17 @@ def batch_norm(call: Call) -> Value:
     return _per_element(call, source, vectors)
 
 
+def batch_norm_of_many_results(call: Call) -> Value:
+    """Normalize each channel by itself, and return statistics, which have the channels too."""
+    result = batch_norm(call)
+    assert isinstance(result, Labelled)
+    channels = tuple(layer.reshaped(layer.labels.numel()) for layer in unknown(result).along(1))
+    statistics = (
+        Labelled(shape, channels if shape == result.shape[1:2] else ()) for shape in call.shapes[1:]
+    )
+    return (result, *statistics)
+
+
 def _per_element(call: Call, source: Labelled, vectors: dict[str, Labelled]) -> Labelled:
     """Combine channels with what belongs to each."""
     order = list(vectors)

@@ -40,9 +40,20 @@ def sizes_of(value: Any) -> tuple[int, ...]:
     return tuple(concrete(size) for size in value.shape)
 
 
+class UnknownSizeError(Exception):
+    """A size that only the data tells."""
+
+
 def concrete(size: Any) -> int:
-    """Return a size as a number."""
-    return int(size if isinstance(size, int) else size.node.hint)
+    """Return a size as a number.
+
+    Raises:
+        UnknownSizeError: If it depends on data.
+    """
+    known = size if isinstance(size, int) else size.node.hint
+    if known is None:
+        raise UnknownSizeError
+    return int(known)
 
 
 def place_of(node: fx.Node) -> str:
@@ -109,6 +120,10 @@ class Call:
         if isinstance(argument, fx.Node) and argument in self._values:
             return self._values[argument]
         return Labelled(())
+
+    def know(self, argument: fx.Node, value: Labelled) -> None:
+        """Take down what became known of an argument: a tensor that was made for this operator."""
+        self._values[argument] = value
 
     def tensors(self) -> list[Labelled]:
         """Return all tensors among the arguments."""

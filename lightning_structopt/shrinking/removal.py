@@ -1,6 +1,5 @@
 """Removing classes of labels from a module, and comparing it with the one in which they are zero."""
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -8,14 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_structopt.shrinking.copies import copied
 from lightning_structopt.shrinking.costs import flop_count
 from lightning_structopt.shrinking.graph_form import smaller_graph
-from lightning_structopt.shrinking.groups import Groups
 from lightning_structopt.shrinking.plan import ShrinkPlan
 from lightning_structopt.shrinking.report import ShrinkReport
 from lightning_structopt.shrinking.saved_plan import class_name
 from lightning_structopt.shrinking.structure import Structure
-from lightning_structopt.shrinking.tracing import Trace, tensors_of
+from lightning_structopt.shrinking.tracing import tensors_of
 from lightning_structopt.shrinking.trial import Trial, kept_indices
 from lightning_structopt.shrinking.verify import zero_out
 
@@ -35,7 +34,7 @@ def remove(structure: Structure, dropped: Tensor, changes_outputs: bool = False)
     kept = structure.kept_without(dropped)
     lists = kept_indices(traced, kept)
     shapes = {name: list(tensor.shape) for name, tensor in tensors_of(module).items() if name in lists}
-    masked = copy.deepcopy(module)
+    masked = copied(module)
     zero_out(masked, dropped_indices(structure, kept))
     trial = Trial(structure, masked, lists, changes_outputs)
     edits = trial.choose(kept)
@@ -80,21 +79,22 @@ def _report(
         parameters=(count[0], count[1]),
         flops=(flops(torch.ones_like(kept)), flops(kept)),
         removed={name: (size, now) for name, (size, now) in left.items() if now < size},
-        kept=_reasons(structure.traced, structure.found),
+        kept=reasons(structure),
         unknown=structure.traced.unknown,
         difference=gap,
     )
 
 
-def _reasons(traced: Trace, found: Groups) -> Mapping[str, Mapping[str, int]]:
+def reasons(structure: Structure) -> Mapping[str, Mapping[str, int]]:
     """Return for each reason how many indices of which parameters are kept for it."""
+    traced = structure.traced
     owner = torch.full((traced.space.size,), -1)
     for number, origin in enumerate(traced.origins):
         owner[origin.first : origin.first + origin.size] = number
-    reasons: dict[str, Counter[str]] = {}
-    for why, labels in found.kept:
+    found: dict[str, Counter[str]] = {}
+    for why, labels in structure.found.kept:
         numbers = owner[labels]
         for number in numbers[numbers >= 0].tolist():
             origin = traced.origins[number]
-            reasons.setdefault(why, Counter())[f"{origin.name}[{origin.dim}]"] += 1
-    return reasons
+            found.setdefault(why, Counter())[f"{origin.name}[{origin.dim}]"] += 1
+    return found

@@ -19,9 +19,16 @@ from lightning_structopt.shrinking.contraction import (
 )
 from lightning_structopt.shrinking.convolutions import convolution
 from lightning_structopt.shrinking.labels import Labelled, Layer, merge
-from lightning_structopt.shrinking.norms import batch_norm, group_norm, instance_norm, layer_norm, weight_norm
+from lightning_structopt.shrinking.norms import (
+    batch_norm,
+    batch_norm_of_many_results,
+    group_norm,
+    instance_norm,
+    layer_norm,
+    weight_norm,
+)
 from lightning_structopt.shrinking.operators import Call, Value, operator_name
-from lightning_structopt.shrinking.recurrence import recurrent
+from lightning_structopt.shrinking.recurrence import cell, recurrent
 from lightning_structopt.shrinking.zeros import ZeroRule, both_zero, either_zero, nowhere
 
 Rule = Callable[[Call], Value]
@@ -76,6 +83,14 @@ def pooling(call: Call) -> Value:
 
 def _places(name: str) -> int:
     return next((count for count in (1, 2, 3) if f"{count}d" in name), 2)
+
+
+def sampling(call: Call) -> Value:
+    """``grid_sampler``: read an image at places that data tells; channels pass, places stay whole."""
+    for layer in call.tensor("grid").layers:
+        call.space.fix(layer.labels, call.why)
+    source = unknown(call.tensor("input"))
+    return Labelled(call.shape, collapse_all(call, source, range(2, source.ndim)).layers)
 
 
 def reduction(call: Call) -> Value:
@@ -172,6 +187,11 @@ def gated(call: Call) -> Value:
     return Labelled(call.shape, tuple(layers))
 
 
+def no_zeros(call: Call) -> Value:
+    """Keep channels apart, but not their zeros: what drops out is set to another number."""
+    return Labelled(call.shape, unknown(call.tensors()[0]).layers)
+
+
 def no_labels(call: Call) -> Value:
     """Make data of a shape, whatever the elements are."""
     return call.without_labels()
@@ -184,25 +204,46 @@ _UNTAGGED = (
     *("zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "masked_fill", "where"),
 )
 
+# What batch norm becomes within a region of autocast.
+_BATCH_NORMS = (
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_functional",
+    "_native_batch_norm_legit_no_training",
+)
+# Everything that makes images of another size, channel by channel.
+_RESIZES = (
+    *(f"{kind}{places}d" for kind in ("upsample_nearest", "_upsample_nearest_exact") for places in (1, 2, 3)),
+    *(f"{kind}_pad{places}d" for kind in ("reflection", "replication") for places in (1, 2, 3)),
+    *("upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_trilinear3d"),
+    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+)
+
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(movement.MOVES, movement.move),
     **dict.fromkeys(movement.SAME, movement.same),
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "unsafe_chunk", "unsafe_split"), movement.split),
+    "tensor_split": movement.split_whole,
     **dict.fromkeys(("select", "unbind"), movement.take),
     **dict.fromkeys(("cat", "concat", "stack"), movement.concatenate),
     **dict.fromkeys(("pad", "constant_pad_nd"), movement.pad),
     "slice": movement.cut,
     "repeat_interleave": movement.repeat_interleave,
     "index": movement.index,
+    "index_select": movement.index_select,
+    "gather": movement.gather,
+    **dict.fromkeys(("roll", "unfold"), movement.move_whole),
+    "channel_shuffle": movement.shuffle,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), convolution),
     "linear": linear,
-    **dict.fromkeys(("matmul", "mm", "bmm"), matmul),
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), matmul),
     **dict.fromkeys(("addmm", "baddbmm"), matmul_and_add),
     "einsum": einsum,
     "scaled_dot_product_attention": attention,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), cell),
     "batch_norm": batch_norm,
+    **dict.fromkeys(_BATCH_NORMS, batch_norm_of_many_results),
     "instance_norm": instance_norm,
     **dict.fromkeys(("layer_norm", "rms_norm"), layer_norm),
     "group_norm": group_norm,
@@ -222,14 +263,15 @@ RULES: Mapping[str, Rule] = {
         pooling,
     ),
     **dict.fromkeys([f"max_pool{places}d_with_indices" for places in (1, 2, 3)], pooling),
-    **dict.fromkeys(("upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d"), pooling),
-    **dict.fromkeys(("upsample_bicubic2d", "upsample_linear1d", "_upsample_nearest_exact2d"), pooling),
-    **dict.fromkeys(("reflection_pad1d", "reflection_pad2d", "replication_pad2d"), pooling),
+    **dict.fromkeys(_RESIZES, pooling),
     **dict.fromkeys((*_AVERAGES, "sum", "amax", "amin", "prod", "any", "all", "logsumexp"), reduction),
     **dict.fromkeys(("max", "min", "argmax", "argmin", "var_mean"), reduction),
     **dict.fromkeys(("softmax", "_softmax", "log_softmax", "cumsum"), whole_along),
     **dict.fromkeys(_UNTAGGED, elementwise),
+    "grid_sampler": sampling,
     "prelu": per_channel_slope,
+    "native_dropout": movement.same_of_each,
+    "alpha_dropout": no_zeros,
     **dict.fromkeys(
         ("new_zeros", "new_ones", "new_full", "new_empty", "sym_size", "_assert_tensor_metadata"), no_labels
     ),  # fmt: skip

@@ -1,6 +1,5 @@
 """Cutting parameters and buffers, and setting the attributes that held their sizes."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_structopt.pruning.outputs import TRANSPOSED
+from lightning_structopt.shrinking.copies import compute_weights, copied
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -29,7 +29,9 @@ def smaller_copy(module: nn.Module, kept: Mapping[str, Mapping[int, list[int]]])
         )
     # What deepcopy finds in its memo it takes as copied, wherever it meets it: tied weights, the list of weights
     # that a recurrent layer keeps.
-    return copy.deepcopy(module, memo)
+    small = copied(module, memo)
+    compute_weights(small)
+    return small
 
 
 @torch.no_grad()
@@ -69,6 +71,8 @@ def _told(part: nn.Module) -> dict[str, Any]:
             "hidden_size": part.get_parameter("weight_hh_l0").shape[1],
             "input_size": part.get_parameter("weight_ih_l0").shape[1],
         }
+    if isinstance(part, nn.RNNCellBase):
+        return {"hidden_size": part.weight_hh.shape[1], "input_size": part.weight_ih.shape[1]}
     if isinstance(part, nn.modules.batchnorm._NormBase):
         first = weight if isinstance(weight, Tensor) else part.running_mean
         return {} if first is None else {"num_features": len(first)}

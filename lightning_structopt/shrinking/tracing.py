@@ -1,7 +1,6 @@
 """Running a module's graph on labels: which dimensions of which parameters stand for the same thing."""
 
 import operator
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_structopt._undisturbed import in_mode, without_fast_path
+from lightning_structopt._undisturbed import without_autocast
+from lightning_structopt.shrinking.exporting import export, line_of_node
 from lightning_structopt.shrinking.labels import Labelled, LabelSpace, Layer
-from lightning_structopt.shrinking.operators import Call, Value, operator_name, parts_of, place_of, sizes_of
+from lightning_structopt.shrinking.operators import (
+    Call,
+    UnknownSizeError,
+    Value,
+    operator_name,
+    parts_of,
+    place_of,
+    sizes_of,
+)
 from lightning_structopt.shrinking.rules import rule_for
 
 
@@ -64,41 +72,18 @@ def trace(module: nn.Module, inputs: tuple[Any, ...], training: bool = False) ->
     Raises:
         ValueError: If it can't be traced.
     """
-    return walk(module, export(module, inputs, training))
+    with without_autocast() as regions:  # which would be graphs of their own
+        try:
+            return walk(module, export(module, inputs, training))
+        except ValueError:
+            if not regions:
+                raise
+    return walk(module, export(module, inputs, training))  # in which types fit together only by autocast
 
 
 def walk(module: nn.Module, program: torch.export.ExportedProgram) -> Trace:
     """Run the graph of ``module`` on labels."""
     return _Walk(module, program).run()
-
-
-def export(
-    module: nn.Module, inputs: tuple[Any, ...], training: bool = False, dynamic: Any = None
-) -> torch.export.ExportedProgram:
-    """Return the module's graph at the level of ATen operators.
-
-    Raises:
-        ValueError: If the module can't be traced.
-    """
-    with in_mode(module, training), without_fast_path(), torch.no_grad(), warnings.catch_warnings():
-        # Recurrent layers keep a list of their weights, which they fill anew while they are traced.
-        warnings.filterwarnings("ignore", message=".*were assigned during export", category=UserWarning)
-        try:
-            return _flat(torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False))
-        except Exception as error:  # whatever the user's code or torch raises
-            first = str(error).strip().splitlines()
-            raise ValueError(
-                "Shrinking needs a module that runs on `example_input` and that `torch.export` can trace: no control "
-                f"flow that depends on data. Found `{type(module).__name__}` with {type(error).__name__}: "
-                f"{first[0] if first else ''}. Give inputs as `forward` takes them (a tuple for several), or move "
-                "the branch out of `forward`."
-            ) from error
-
-
-def _flat(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Return the graph without graphs within it, which regions of ``torch.autocast`` are: with casts in their place."""
-    nested = any("wrap_with_autocast" in str(node.target) for node in program.graph.nodes)
-    return program.run_decompositions({}) if nested else program
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
@@ -118,15 +103,26 @@ class _Walk:
         self._first_name = {id(tensor): name for name, tensor in reversed(list(self._tensors.items()))}
         self._module = module
         self._origins: dict[str, list[Origin]] = {}
-        self._used: set[str] = set()
+        self._sources: dict[fx.Node, str] = {}  # parameters and buffers that are read
         self._constants: dict[fx.Node, Tensor | None] = {}
         signature = program.graph_signature
         self._names: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
 
     def run(self) -> Trace:
-        """Walk, and return what was found."""
+        """Walk, and return what was found.
+
+        Raises:
+            ValueError: If a size depends on data.
+        """
         for node in self.program.graph.nodes:
-            self.values[node] = self._value(node)
+            try:
+                self.values[node] = self._value(node)
+            except UnknownSizeError as error:
+                raise ValueError(
+                    "Shrinking needs sizes that don't depend on data. Found "
+                    f"`{operator_name(node)}`{line_of_node(node)}, which gives as many elements as the data has. Let "
+                    "it give a fixed number (`torch.where`, a mask that is multiplied), or move it out of `forward`."
+                ) from error
             self._keep_up(node)
         for name, tensor in self._tensors.items():
             if name not in self._origins:
@@ -136,11 +132,29 @@ class _Walk:
 
     def _unused(self) -> Tensor:
         unused = torch.ones(self.space.size, dtype=torch.bool)
-        for name in self._used:
+        for node, name in self._sources.items():
+            parts = self._read(node)
             for origin in self._origins[name]:
-                unused[origin.first : origin.first + origin.size] = False
+                if parts is None or origin.size == 1:
+                    unused[origin.first : origin.first + origin.size] = False
+            for labels in parts or ():
+                unused[labels] = False
         unused[0] = False
         return unused.nonzero()[:, 0]
+
+    def _read(self, node: fx.Node) -> list[Tensor] | None:
+        """Return the labels of those parts of a tensor that are read, if it is by slices alone; None if all are.
+
+        What no slice reads of a table of positions is read with longer inputs.
+        """
+        parts: list[Tensor] = []
+        for user in node.users:
+            if operator_name(user) != "slice":
+                return None
+            own = self._read(user)
+            layers = (layer for part in parts_of(self.values[user]) for layer in part.layers)
+            parts += [layer.labels.reshape(-1) for layer in layers] if own is None else own
+        return parts
 
     def _value(self, node: fx.Node) -> Value:
         if node.op == "placeholder":
@@ -163,7 +177,7 @@ class _Walk:
             return self._data(node)
         first_name = self._first_name[id(tensor)]
         if node.users:
-            self._used.add(first_name)
+            self._sources[node] = first_name
         return self._label(first_name, tensor)
 
     def _module_tensor(self, name: str) -> Tensor | None:

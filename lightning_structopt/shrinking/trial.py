@@ -1,5 +1,6 @@
 """Trying out a smaller module of the same class."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,16 @@ from lightning_structopt.shrinking.verify import (
 Lists = dict[str, dict[int, list[int]]]
 
 
+@dataclass(frozen=True)
+class _Worked:
+    """A smaller module that computes what it shall in evaluation, and what made it."""
+
+    edits: Edits
+    small: nn.Module
+    attributes: dict[str, dict[str, Any]]
+    gap: float
+
+
 class Trial:
     """Tries what makes the smaller module work.
 
@@ -37,6 +48,7 @@ class Trial:
         self.failed: list[str] = []
         self._structure, self._masked, self._lists = structure, masked, lists
         self._changes_outputs = changes_outputs
+        self._worked: _Worked | None = None
         self._expected = [] if masked is None else outputs_of(masked, structure.inputs)
 
     def choose(self, kept: Tensor) -> Edits | None:
@@ -51,6 +63,8 @@ class Trial:
 
     def small(self, edits: Edits) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
         """Return the smaller module and all attributes that it has of its own."""
+        if self._worked is not None and self._worked.edits == edits:
+            return self._worked.small, self._worked.attributes
         small = smaller_copy(self._structure.module, self._lists)
         set_attributes(small, edits)
         told = sizes_that_tell(small)
@@ -60,20 +74,20 @@ class Trial:
 
     def works(self, edits: Edits) -> bool | list[str]:
         """Tell whether the smaller module computes the same, or where it failed."""
-        small, _ = self.small(edits)
+        small, attributes = self.small(edits)
         try:
             found = outputs_of(small, self._structure.inputs)
         except Exception as error:  # whatever the user's code raises when sizes don't fit
             self.failed = failing_parts(small, error)
             self.reason = f" (`{self.failed[0]}`: {str(error).strip().splitlines()[0]})"
             return self.failed
-        if (
-            self._masked is None
-            or self._changes_outputs
-            or largest_difference(self._expected, found) <= TOLERANCE
-        ):
-            return True
-        return self._gap(small, self._expected, training=False) <= TOLERANCE
+        gap = 0.0 if self._masked is None else largest_difference(self._expected, found)
+        if gap > TOLERANCE and not self._changes_outputs:
+            gap = self._gap(small, self._expected, training=False)
+        if gap > TOLERANCE and not self._changes_outputs:
+            return False
+        self._worked = _Worked(edits, small, attributes, gap)
+        return True
 
     def _gap(self, small: nn.Module, expected: list[Tensor], training: bool) -> float:
         assert self._masked is not None
@@ -92,7 +106,10 @@ class Trial:
         Raises:
             ValueError: If outputs differ that should not.
         """
-        gap = self._gap(small, self._expected, training=False)
+        if self._worked is not None and self._worked.small is small:
+            gap = self._worked.gap
+        else:
+            gap = self._gap(small, self._expected, training=False)
         expected = self._trained()
         if expected is not None:
             gap = max(gap, self._gap(small, expected, training=True))

@@ -1,6 +1,5 @@
 """Whether two modules compute the same."""
 
-import copy
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
-from lightning_structopt._undisturbed import in_mode, without_fast_path
+from lightning_structopt._undisturbed import in_mode, without_autocast, without_fast_path
+from lightning_structopt.shrinking.copies import copied
 
 TOLERANCE = 1e-5
 
@@ -84,14 +84,20 @@ def difference(
         inputs: What both are given.
         training: Run as in training.
     """
-    gap = largest_difference(expected, outputs_of(copy.deepcopy(other), inputs, training))
-    if TOLERANCE < gap < 1:
-        wide = tree_map(lambda each: each.double() if _is_float(each) else each, inputs)
-        gap = largest_difference(
-            outputs_of(copy.deepcopy(one).double(), wide, training),
-            outputs_of(copy.deepcopy(other).double(), wide, training),
-        )
-    return gap
+    unchanged = copied(other) if training else other  # of running statistics
+    gap = largest_difference(expected, outputs_of(unchanged, inputs, training))
+    if not TOLERANCE < gap < 1:
+        return gap
+    wide = tree_map(lambda each: each.double() if _is_float(each) else each, inputs)
+    with without_autocast():
+        try:
+            return _difference(copied(one).double(), copied(other).double(), wide, training)
+        except RuntimeError:  # code that casts to a type of its own
+            return _difference(copied(one), copied(other), inputs, training)
+
+
+def _difference(one: nn.Module, other: nn.Module, inputs: tuple[Any, ...], training: bool) -> float:
+    return largest_difference(outputs_of(one, inputs, training), outputs_of(other, inputs, training))
 
 
 def _is_float(value: Any) -> bool:

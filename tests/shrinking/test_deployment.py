@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_nets import make
+from small_nets import HardCoded, make
 from test_removal import run
 from torch import nn
 
@@ -29,6 +29,20 @@ def test_onnx_computes_the_same(name: str, tmp_path: Path) -> None:
     }
     found = torch.from_numpy(session.run(None, given)[0])
     torch.testing.assert_close(found, small(inputs).detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter's own parts, and that this is a graph
+def test_onnx_of_a_graph_computes_the_same(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    module, inputs = HardCoded().eval(), torch.randn(2, 5, 6)
+    report = channel_report(module, ChannelRatio(0.5), inputs, same_class=False)
+    assert report.form == "graph"
+    torch.onnx.export(report.module, (inputs,), tmp_path / "small.onnx", dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / "small.onnx", providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0])
+    torch.testing.assert_close(found, report.module(inputs).detach(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["split", "heads", "lstm", "tied", "patches"])

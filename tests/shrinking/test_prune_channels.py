@@ -195,6 +195,17 @@ def test_what_is_hard_coded_can_be_left_alone() -> None:
         prune_channels(HardCoded(), ChannelRatio(0.5), torch.randn(2, 5, 6), same_class=True)
 
 
+def test_a_table_that_no_index_reads_to_the_end_stays_whole() -> None:
+    torch.manual_seed(0)
+    module = models.video.swin_transformer.SwinTransformer3d(
+        [2, 4, 4], 16, [1, 1], [2, 4], [8, 7, 7], num_classes=5
+    )
+    report = channel_report(module, ChannelRatio(0.5), torch.randn(2, 3, 4, 32, 32))
+    assert not any("table" in name or "index" in name for name in report.plan.kept)
+    assert report.form == "module"
+    assert report.difference < 1e-5
+
+
 def test_training_goes_on(resnet: nn.Module) -> None:
     small = prune_channels(resnet, FLOPs(0.3), IMAGE).train()
     optimizer = torch.optim.SGD(small.parameters(), lr=0.01, momentum=0.9)

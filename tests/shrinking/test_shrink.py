@@ -229,3 +229,25 @@ def test_a_difference_that_nothing_mends_is_taken_to_the_graph() -> None:
     with pytest.warns(UserWarning, match="exported graph"):
         small = shrink(module, inputs)
     torch.testing.assert_close(small.eval()(inputs), module(inputs))
+
+
+class _Positioned(nn.Module):
+    """Reads as much of its table as the input is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 4))
+        self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x + self.table[: x.shape[1]]).relu())
+
+
+def test_what_longer_inputs_would_read_stays() -> None:
+    module = _Positioned()
+    with torch.no_grad():
+        module.two.weight[:, 3] = 0
+    small = shrink(module, torch.randn(2, 5, 4))
+    assert (small.table.shape, small.one.out_features) == ((9, 4), 7)
+    longer = torch.randn(2, 9, 4)
+    torch.testing.assert_close(small(longer), module(longer))

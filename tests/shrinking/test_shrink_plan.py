@@ -1,6 +1,7 @@
 """Plans: what they hold, and what is refused."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ def test_holds_names_and_numbers(plan: ShrinkPlan, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "plan.json").read_text())["version"] == 1
 
 
-def test_round_trips_by_repr(plan: ShrinkPlan) -> None:
+def test_round_trips_by_repr_and_pickle(plan: ShrinkPlan) -> None:
     assert eval(repr(plan)) == plan
+    assert pickle.loads(pickle.dumps(plan)) == plan
 
 
 def test_leaves_the_module_and_its_weights(plan: ShrinkPlan) -> None:

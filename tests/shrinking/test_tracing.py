@@ -1,14 +1,18 @@
 """What goes together, against what can be counted by hand."""
 
+import re
+
 import pytest
 import torch
 from small_nets import make
 from torch import Tensor, nn
 
+from lightning_structopt.shrinking.channels import channel_report
 from lightning_structopt.shrinking.components import connected_components
 from lightning_structopt.shrinking.groups import ChannelGroup
 from lightning_structopt.shrinking.removal import remove
 from lightning_structopt.shrinking.structure import Structure, structure_of
+from lightning_structopt.shrinking.targets import ChannelRatio
 
 NOTHING = torch.empty(0, dtype=torch.int64)
 
@@ -144,6 +148,55 @@ def test_an_unknown_operator_keeps_what_enters_it_and_is_told() -> None:
     assert "Kept because of `renorm`, an operator without a rule: one.weight[0] (8)" in told
 
 
+class _Strided(_Renormed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(self.two(self.one(x).as_strided((len(x), 8), (8, 1))).relu())
+
+
+class _Rolled(_Renormed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(self.two(self.one(x).roll(1, 1)).relu())
+
+
+class _Permuted(_Renormed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(self.two(self.one(x)[:, [3, 1, 0, 2, 7, 6, 5, 4]]).relu())
+
+
+class _Windowed(_Renormed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(self.two(self.one(x).unfold(1, 8, 8)[:, 0]).relu())
+
+
+@pytest.mark.parametrize("kind", [_Strided, _Rolled, _Permuted, _Windowed])
+def test_what_is_counted_in_elements_stays_whole(kind: type[nn.Module]) -> None:
+    module, inputs = kind(), torch.randn(3, 4)
+    report = channel_report(module, ChannelRatio(0.5), inputs)
+    assert report.plan.kept.keys() == {"two.weight", "two.bias", "three.weight"}
+    assert report.difference < 1e-5
+
+
+class _Streams(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.back = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x)
+        return self.back(self.inner(x).relu()) + x, x
+
+
+def test_what_reaches_the_output_stays() -> None:
+    structure = structure_of(_Streams(), torch.randn(3, 4))
+    (found,) = slots(structure)
+    assert found == (6, {("inner.weight", 0), ("inner.bias", 0), ("back.weight", 1)})
+    assert re.search(
+        r"Kept because of the output: .*stem.weight\[0\] \(8\)", remove(structure, NOTHING).explain()
+    )
+    with pytest.raises(ValueError, match=r"Found none, because of .*the output \(`weight\[0\]`\)"):
+        channel_report(nn.Linear(4, 3), ChannelRatio(0.5), torch.randn(2, 4))
+
+
 def test_reasons_name_the_operator_and_the_output() -> None:
     told = remove(structure_of(*make("flattened")), NOTHING).explain()
     assert "Kept because of `conv2d` in `0`: " in told
@@ -168,12 +221,41 @@ class _Branching(nn.Module):
         return x + 1 if x.sum() > 0 else x
 
 
+class _Looping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _repeated(x)
+
+
+def _repeated(x: Tensor) -> Tensor:
+    while x.norm() < 1:
+        x = 2 * x
+    return x
+
+
+class _Masked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[x > 0].sum()
+
+
 @pytest.mark.parametrize(
-    ("module", "inputs"), [(_Branching(), torch.randn(2, 3)), (nn.Linear(3, 2), torch.randn(2, 4))]
+    ("module", "line"),
+    [
+        (_Branching(), "return x + 1 if x.sum() > 0 else x"),
+        (_Looping(), "while x.norm() < 1:"),
+        (_Masked(), "return x[x > 0].sum()"),
+    ],
 )
-def test_what_can_not_be_traced_is_an_error(module: nn.Module, inputs: Tensor) -> None:
-    with pytest.raises(ValueError, match="needs a module that runs on `example_input`"):
-        structure_of(module, inputs)
+def test_control_flow_that_depends_on_data_is_an_error_that_names_the_line(
+    module: nn.Module, line: str
+) -> None:
+    place = rf"{re.escape(__file__)}.*\d+.*`{re.escape(line)}`"
+    with pytest.raises(ValueError, match=f"Shrinking needs .* Found `.*{place}"):
+        structure_of(module, torch.randn(2, 3))
+
+
+def test_inputs_that_do_not_fit_are_an_error() -> None:
+    with pytest.raises(ValueError, match="needs a module that runs on `example_input`.*same reduction dim"):
+        structure_of(nn.Linear(3, 2), torch.randn(2, 4))
 
 
 def test_a_class_is_no_module() -> None:
