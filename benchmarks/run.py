@@ -22,7 +22,7 @@ RESULTS, PAGE = HERE / "results", HERE / "RESULTS.md"
 RUNS: dict[str, Sequence[tuple[str, str]]] = {
     "accuracy": [("network", "lenet"), ("network", "resnet")],
     "blocks": [("part", each) for each in ("nets", "depth", "gates", "exits", "routed")],
-    "channels": [("part", "latency"), ("part", "quality")],
+    "channels": [("part", "latency"), ("part", "quality"), ("part", "time")],
     "criteria": [],
     "distillation": [("part", "time"), ("part", "accuracy")],
     "ensembles": [("part", "quality"), ("part", "stacked")],
