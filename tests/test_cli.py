@@ -98,11 +98,13 @@ def test_compare_reads_small_checkpoints_too(run: Run) -> None:
 
 
 def test_sweep_ranks_and_writes_tables(run: Run) -> None:
-    assert (
-        run("sweep", "sweep", "--budget.init_args.max_epochs=3", "--candidates.huge=digits.Classifier") == 0
-    )
+    more = ("--budget.init_args.max_epochs=3", "--candidates.huge=digits.Classifier")
+    grow = "--mutate=[{class_path: lightning_structopt.Widen, init_args: {factor: 1.5}}]"
+    assert run("sweep", "sweep", *more, grow) == 0
     found = json.loads(Path("runs/sweep/result.json").read_text())["candidates"]
-    assert {candidate["name"] for candidate in found} == {"narrow", "middle", "wide", "huge"}
+    founders = {candidate["name"] for candidate in found if candidate["parent"] is None}
+    assert founders == {"narrow", "middle", "wide", "huge"}
+    assert [c["state"] for c in found if c["parent"] in founders] == ["finished"]
     assert found[0]["state"] == "finished"
     assert weights("runs/sweep/best.ckpt")
 

@@ -192,6 +192,7 @@ def sweep(
     repeats: int = 1,
     timeout: float | None = None,
     storage: str | None = None,
+    mutate: list[so.GrowthStep] | None = None,
 ) -> None:
     """Train candidates a little and the best of them longer; write result.md, .csv, .json, .png and best.ckpt.
 
@@ -210,10 +211,11 @@ def sweep(
         repeats: Seeds that each finalist is trained with.
         timeout: Seconds that a rung may take.
         storage: `journal:PATH` or the URL of a database.
+        mutate: Steps of growth, such as `Widen`, by which survivors of a round give children.
     """
     result = so.ArchitectureSweep(
         candidates, monitor, mode, budget, trainer, executor, constraints or (), directory, seed, patience,
-        repeats, timeout, storage,
+        repeats, timeout, storage, mutate=mutate or (),
     ).run(data)  # fmt: skip
     rich_print(result)
     write_tables(result, directory, "result")

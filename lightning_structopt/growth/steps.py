@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -27,6 +28,14 @@ class GrowthStep(ABC):
             module: The module.
             example_input: What its ``forward`` takes, a tuple for several.
         """
+
+    def saved_plan(self, path: str | Path) -> GrowthPlan:
+        """Return the plan in a file that :meth:`GrowthPlan.save` wrote.
+
+        Args:
+            path: The file.
+        """
+        return GrowthPlan.load(path)
 
     def apply(self, module: nn.Module, example_input: Any) -> nn.Module:
         """Return the grown module; ``module`` stays as it is. What is drawn comes from the seed of the step.

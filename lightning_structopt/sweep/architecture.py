@@ -12,12 +12,14 @@ from optuna.storages import BaseStorage
 from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_in, require_type, require_whole
-from lightning_structopt.sweep.brackets import AsynchronousHalving
-from lightning_structopt.sweep.budget import Budget, SuccessiveHalving
+from lightning_structopt.sweep.agenda import agenda
+from lightning_structopt.sweep.brackets import AsynchronousHalving, Hyperband
+from lightning_structopt.sweep.budget import Budget, FixedRounds, SuccessiveHalving
 from lightning_structopt.sweep.candidates import Candidate, as_candidates, require_free_arguments
 from lightning_structopt.sweep.constraints import Rule, as_rules
 from lightning_structopt.sweep.driver import Driver
 from lightning_structopt.sweep.executors import Executor, LocalProcesses
+from lightning_structopt.sweep.heirs import Mutation, as_mutations
 from lightning_structopt.sweep.plan import Plan, require_same
 from lightning_structopt.sweep.progress import Display
 from lightning_structopt.sweep.result import SweepResult, ranked
@@ -62,6 +64,10 @@ class ArchitectureSweep:
             also on several machines, may then run this sweep at the same time and share its trials; they must all see
             ``directory``. By default a journal in ``directory``, for one process.
         progress: Whether to show live progress.
+        mutate: Changes that keep the function, such as ``[Deepen(), Widen(1.5)]``: after each round but the last, each
+            survivor also gives one child by each of them, which goes on in the next round from its parent's weights,
+            optimizer, schedules and random states. Callbacks begin anew in it. A change that an architecture doesn't
+            permit is a refused candidate.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -88,6 +94,7 @@ class ArchitectureSweep:
         timeout: float | None = None,
         storage: str | None = None,
         progress: bool = True,
+        mutate: Sequence[Mutation] = (),
     ) -> None:
         require_type("monitor", monitor, str)
         require_choice("mode", mode, ("min", "max"))
@@ -100,6 +107,9 @@ class ArchitectureSweep:
         if timeout is not None:
             require_in("timeout", timeout, 0, float("inf"), closed="neither")
         _require_rounds(patience, budget)
+        mutations = as_mutations(mutate)
+        if mutations:
+            _require_parents(budget, repeats)
         require_free_arguments(trainer or {})
         space = candidates if isinstance(candidates, SearchSpace) else None
         named = space.candidates() if space else as_candidates(candidates)  # type: ignore[arg-type]
@@ -116,6 +126,7 @@ class ArchitectureSweep:
             patience=patience,
             repeats=repeats,
             timeout=timeout,
+            mutate=mutations,
         )
         for name in named:
             executor.check(self._plan.trainer_of(name), timeout)
@@ -149,6 +160,8 @@ class ArchitectureSweep:
                         require_same(ledger.description, plan.describe(), plan.directory)
                     else:
                         ledger.describe(plan.describe())
+                if agenda(plan, ledger.records(), ledger.peers.is_gone).jobs:
+                    self._executor.prepare([plan.trainer_of(name) for name in plan.names])
                 plan.write_data((data, val_dataloaders))
                 with Display(plan.monitor, self._progress) as display:
                     Driver(replace(plan, space=space), ledger, self._executor, display).run()
@@ -192,6 +205,26 @@ def _require_rounds(patience: int | None, budget: Budget) -> None:
         raise ValueError(
             f"`patience` counts rounds, of which `AsynchronousHalving` has none. Found `patience = {patience}`. "
             "Leave it out, or take `SuccessiveHalving`."
+        )
+
+
+def _require_parents(budget: Budget, repeats: int) -> None:
+    """Raise unless there are rounds after which survivors give children.
+
+    Raises:
+        ValueError: If there aren't, or finalists are to be trained again from the beginning.
+    """
+    if isinstance(budget, (AsynchronousHalving, Hyperband)) or (
+        isinstance(budget, FixedRounds) and budget.rounds == 1
+    ):
+        raise ValueError(
+            f"`mutate` makes children between the rounds of all candidates. Found `budget = {budget!r}`, which has "
+            "none. Take `SuccessiveHalving`, or `FixedRounds` of at least 2 rounds."
+        )
+    if repeats > 1:
+        raise ValueError(
+            "`repeats` trains finalists from their beginning with other seeds, and children begin with what their "
+            f"parents have learned. Found `mutate` and `repeats = {repeats}`. Leave out one of them."
         )
 
 

@@ -48,7 +48,9 @@ class Hyperband(Rungs):
         return [(rungs[late:], tuple(own)) for late, own in enumerate(members) if own]
 
     @override
-    def decide(self, standings: Sequence[Standing], patience: int | None = None) -> Decision:
+    def decide(
+        self, standings: Sequence[Standing], patience: int | None = None, children: int = 0
+    ) -> Decision:
         decisions = [
             play(halving_rounds(rungs, len(own), self.factor), own, standings, patience, skip=True)
             for rungs, own in self.brackets(len(standings))
@@ -84,7 +86,9 @@ class AsynchronousHalving(Rungs):
     """
 
     @override
-    def decide(self, standings: Sequence[Standing], patience: int | None = None) -> Decision:
+    def decide(
+        self, standings: Sequence[Standing], patience: int | None = None, children: int = 0
+    ) -> Decision:
         rungs = self.rungs
         entered, closed = list(range(len(standings))), True
         start = [

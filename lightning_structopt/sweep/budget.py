@@ -18,12 +18,16 @@ class Standing:
         failed: Whether it can't go on.
         ended: Whether it stopped by itself (early stopping): it keeps its last score at every later rung.
         target: The epochs that it has been sent to, where it is in training.
+        parent: Whose child it is, by index; None if it was there from the start.
+        born: The epochs that its parent had trained when it was born.
     """
 
     scores: Mapping[int, float] = field(default_factory=dict)
     failed: bool = False
     ended: bool = False
     target: int = 0
+    parent: int | None = None
+    born: int = 0
 
     def at(self, epochs: int) -> float | None:
         """Return the score after ``epochs``, None if there is none."""
@@ -41,10 +45,13 @@ class Decision:
     Args:
         start: Candidates, by index, and the epochs that each may train up to, most urgent first.
         stopped: Candidates that are out of the race: nothing that others reach will bring them back.
+        survivors: Of each round that is over and not the last, its epochs and those who go on: parents, if there are
+            to be children.
     """
 
     start: tuple[tuple[int, int], ...] = ()
     stopped: frozenset[int] = frozenset()
+    survivors: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,12 +74,15 @@ class Budget(ABC):
         """The epochs of a candidate that goes all the way, which its schedules are sized by."""
 
     @abstractmethod
-    def decide(self, standings: Sequence[Standing], patience: int | None = None) -> Decision:
+    def decide(
+        self, standings: Sequence[Standing], patience: int | None = None, children: int = 0
+    ) -> Decision:
         """Return who may start and who is out.
 
         Args:
-            standings: One for each candidate.
+            standings: One for each candidate; those of children, as far as they are born, come last.
             patience: Rounds without a better best after which the sweep ends; None for no such end.
+            children: How many each survivor of a round gives.
         """
 
 
@@ -85,6 +95,8 @@ def play(
 ) -> Decision:
     """Play ``rounds`` among ``members``: each waits until the one before is over.
 
+    The children of those who go on join them.
+
     Args:
         rounds: At least one.
         members: Indices into ``standings``.
@@ -93,6 +105,7 @@ def play(
         skip: Whether one that is left alone goes straight to the last round.
     """
     alive, stopped = list(members), set[int]()
+    survivors: list[tuple[int, tuple[int, ...]]] = []
     best, waited = float("-inf"), 0
     for round_ in rounds:
         if skip and len(alive) == 1 and patience is None:
@@ -101,14 +114,27 @@ def play(
         done = _ranked(alive, standings, round_.epochs)
         stopped |= set(done[round_.keep :])  # who comes later can only push them further down
         if waiting:
-            return Decision(tuple((i, round_.epochs) for i in waiting), frozenset(stopped))
+            start = tuple((i, round_.epochs) for i in waiting)
+            return Decision(start, frozenset(stopped), tuple(survivors))
         top = standings[done[0]].at(round_.epochs) if done else None
         waited = 0 if top is not None and top > best else waited + 1
         best = best if top is None else max(best, top)
         if patience is not None and waited >= patience:
             break
         alive = done[: round_.keep]
-    return Decision((), frozenset(stopped))
+        if round_.epochs < rounds[-1].epochs:
+            survivors.append((round_.epochs, tuple(alive)))
+            alive += _children(alive, standings, round_.epochs)
+    return Decision((), frozenset(stopped), tuple(survivors))
+
+
+def _children(parents: Sequence[int], standings: Sequence[Standing], epochs: int) -> list[int]:
+    return [i for i, one in enumerate(standings) if one.parent in parents and one.born == epochs]
+
+
+def founders(standings: Sequence[Standing]) -> int:
+    """Return how many candidates were there from the start."""
+    return sum(standing.parent is None for standing in standings)
 
 
 def _ranked(members: Sequence[int], standings: Sequence[Standing], epochs: int) -> list[int]:
@@ -165,7 +191,7 @@ class SuccessiveHalving(Rungs):
     r"""Trains all for a short while, one in ``factor`` for ``factor`` times as long, and so on.
 
     Rungs are at :math:`\min(r \eta^i, R)` epochs, and :math:`\max(1, \lfloor n / \eta^i \rfloor)` of :math:`n`
-    candidates reach the i-th.
+    candidates reach the i-th. With ``mutate`` as many go on, and their children with them.
 
     Args:
         min_epochs: Epochs :math:`r` of the first rung, at least 1.
@@ -185,9 +211,12 @@ class SuccessiveHalving(Rungs):
     """
 
     @override
-    def decide(self, standings: Sequence[Standing], patience: int | None = None) -> Decision:
-        rounds = halving_rounds(self.rungs, len(standings), self.factor)
-        return play(rounds, range(len(standings)), standings, patience, skip=True)
+    def decide(
+        self, standings: Sequence[Standing], patience: int | None = None, children: int = 0
+    ) -> Decision:
+        size = founders(standings)
+        rounds = halving_rounds(self.rungs, size, self.factor, children)
+        return play(rounds, range(size), standings, patience, skip=not children)
 
 
 @dataclass(frozen=True)
@@ -197,8 +226,8 @@ class FixedRounds(Budget):
     Args:
         rounds: How many rounds, at least 1. One round trains every candidate in full.
         epochs: Epochs of each round, at least 1.
-        keep: How many go on after each round: a whole number, or a fraction in (0, 1] of those in the round,
-            rounded down and at least one.
+        keep: How many go on after each round: a whole number, or a fraction in (0, 1] of those in the round (children
+            of ``mutate`` among them), rounded down and at least one.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -227,21 +256,23 @@ class FixedRounds(Budget):
         return self.rounds * self.epochs
 
     @override
-    def decide(self, standings: Sequence[Standing], patience: int | None = None) -> Decision:
-        size, rounds = len(standings), list[Round]()
+    def decide(
+        self, standings: Sequence[Standing], patience: int | None = None, children: int = 0
+    ) -> Decision:
+        size, rounds = founders(standings), list[Round]()
         for number in range(1, self.rounds + 1):
             kept = self.keep if isinstance(self.keep, int) else max(1, int(size * self.keep + 1e-9))
             kept = size if number == self.rounds else min(size, kept)  # all finalists stay
             rounds.append(Round(number * self.epochs, kept))
-            size = kept
-        return play(rounds, range(len(standings)), standings, patience, skip=False)
+            size = kept * (1 + children)
+        return play(rounds, range(founders(standings)), standings, patience, skip=False)
 
 
-def halving_rounds(rungs: Sequence[int], size: int, factor: int) -> list[Round]:
-    """Return the rounds of successive halving among ``size`` candidates."""
+def halving_rounds(rungs: Sequence[int], size: int, factor: int, children: int = 0) -> list[Round]:
+    """Return the rounds of successive halving among ``size`` candidates, each survivor of which gives ``children``."""
     rounds = []
-    for epochs in rungs:
-        kept = size if epochs == rungs[-1] else max(1, size // factor)
-        rounds.append(Round(epochs, kept))
-        size = kept
-    return rounds
+    for epochs in rungs[:-1]:
+        size = max(1, size // factor)
+        rounds.append(Round(epochs, size))
+    finalists = size * (1 + children) if rounds else size
+    return [*rounds, Round(rungs[-1], finalists)]

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_structopt.sweep.constraints import Rule, first_reason, measure
+from lightning_structopt.sweep.inheritance import names_of
 from lightning_structopt.sweep.spec import Send, TrialSpec
 
 
@@ -44,7 +45,7 @@ class ExactResume(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"ranks": self._ranks} if hasattr(self, "_ranks") else {}
+        return {"ranks": self._ranks, "parameters": self._names} if hasattr(self, "_ranks") else {}
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -72,6 +73,7 @@ class ExactResume(Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ranks = _of_all_ranks(_randomness(trainer))
+        self._names = names_of(trainer.optimizers, pl_module)  # for children, which have others at each place
         target = Path(self._spec.save)
         unfinished = target.with_suffix(".part")
         try:
@@ -98,7 +100,7 @@ class Rung(Checkpoint):
 
     def __init__(self, spec: TrialSpec, rules: Sequence[Rule], send: Send) -> None:
         self._spec, self._rules, self._send = spec, rules, send
-        self._measured = spec.resume is not None
+        self._measured = spec.resume is not None and not spec.newborn
         self._epoch = 0
         self._score: float | None = None
 

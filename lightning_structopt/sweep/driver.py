@@ -1,6 +1,7 @@
 """The loop of a sweep: starts what the budget lets start, hears what trials say, writes it down, cleans up."""
 
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
@@ -9,6 +10,7 @@ from typing import Any
 from lightning_structopt.sweep.agenda import Agenda, agenda
 from lightning_structopt.sweep.callback import remove
 from lightning_structopt.sweep.executors import Executor
+from lightning_structopt.sweep.heirs import Heirs, root
 from lightning_structopt.sweep.plan import Plan
 from lightning_structopt.sweep.progress import Display
 from lightning_structopt.sweep.spec import Message
@@ -77,7 +79,7 @@ class Driver:
             with self._peers.turn():
                 claimed = self._claim(self._agenda(), bool(free))
             if claimed is not None:
-                self._launch(claimed, free[0])
+                self._launch(claimed, free[0], now.heirs)
 
     def _agenda(self) -> Agenda:
         return agenda(self._plan, self._ledger.records(), self._peers.is_gone)
@@ -86,28 +88,32 @@ class Driver:
         """Write down who is out, what nobody is at any more, and what we are at next, in our turn."""
         for lost in now.lost:
             self._ledger.release(lost.number)
-            self._clear(lost, keep=self._checkpoint(lost))
+            self._clear(lost.number)
         for beaten in now.stopped:
             self._ledger.stop(beaten.number)
-            self._clear(beaten, keep=None)
+            self._clear(beaten.number)
         if not (now.jobs and free):
             return None
         name, seed, epochs = now.jobs[0]
-        record = self._known(name, seed)
+        record, heir = self._known(name, seed), now.heirs.get(name)
         if record is None:
-            space = self._plan.space if seed == self._plan.seed else None
-            return self._ledger.begin(name, seed, epochs, space)
-        _require_checkpoint(name, self._checkpoint(record))
+            founder = heir is None and seed == self._plan.seed
+            begun = self._ledger.begin(name, seed, epochs, self._plan.space if founder else None, heir)
+            _require_checkpoint(name, self._inherited(begun))
+            return begun
+        _require_checkpoint(name, self._checkpoint(record) or self._inherited(record))
         return self._ledger.claim(record, epochs)
 
-    def _launch(self, record: Record, slot: int) -> None:
+    def _launch(self, record: Record, slot: int, heirs: Heirs) -> None:
         name = record.candidate
         if name not in self._written:
-            first = self._known(name, self._plan.seed)
-            self._plan.write_candidate(name, first.parameters if first else {})
+            first = self._known(root(name, heirs), self._plan.seed)
+            self._plan.write_candidate(name, first.parameters if first else {}, heirs)
             self._written.add(name)
-        trainer = self._plan.trainer_of(name)
-        spec = self._plan.spec(record, record.target, self._executor.threads(trainer))
+        trainer = self._plan.trainer_of(name, heirs)
+        spec = self._plan.spec(
+            record, record.target, self._executor.threads(trainer), heirs, self._inherited(record)
+        )
         process = self._executor.start(spec, slot, trainer)
         self._active.append(_Active(record, slot, process, Path(spec.save)))
         self._display.started(
@@ -169,13 +175,13 @@ class Driver:
             self._ledger.finish(record.number, rung.score)
         else:
             self._ledger.release(record.number)
-        self._clear(record, keep=active.save)
+        self._clear(record.number)
         return f"{plan.monitor} {rung.score:.4g} after {rung.epochs} epochs"
 
     def _fail(self, active: _Active, kind: str, reason: str) -> str:
         self._measured(active)
         self._ledger.fail(active.record.number, reason, refused=kind == "refused")
-        self._clear(active.record, keep=None)
+        self._clear(active.record.number)
         return f"{kind}: {reason}"
 
     def _measured(self, active: _Active) -> None:
@@ -192,19 +198,43 @@ class Driver:
                     if self._ledger.holds(active.record.number):
                         self._ledger.release(active.record.number)
 
-    def _clear(self, record: Record, keep: Path | None) -> None:
-        """Remove the checkpoints of ``record`` but one."""
+    def _clear(self, number: int) -> None:
+        """Remove the checkpoints of a trial that nobody will go on from; also its parent's, where it has its own."""
+        records = self._ledger.records()
+        record = next(record for record in records if record.number == number)
+        heirs = self._agenda().heirs if self._plan.mutate else {}
+        self._remove(record, records, heirs)
+        if record.heir is not None:
+            parent = next(r for r in records if r.candidate == record.heir.parent)
+            self._remove(parent, records, heirs)
+
+    def _remove(self, record: Record, records: Sequence[Record], heirs: Heirs) -> None:
+        goes_on = record.state in {"running", "finished"}
+        kept = {self._checkpoint(record)} if goes_on else set()
+        settled = {r.candidate for r in records if r.rungs or r.state != "running"}
+        for heir in heirs.values():
+            if heir.parent == record.candidate and heir.name not in settled:
+                kept.add(self._at(record, heir.born))
         folder = self._plan.folder(record)
-        for path in [*folder.glob("epoch-*.ckpt"), *folder.glob("epoch-*.part")]:
-            if path != keep:
-                remove(path)
+        for path in {*folder.glob("epoch-*.ckpt"), *folder.glob("epoch-*.part")} - kept:
+            remove(path)
 
     def _remove_leftovers(self) -> None:
         """Remove what trials wrote that nobody has seen the end of."""
         for record in self._ledger.records():
             if record.driver is None:  # others may be at it, or will be seen to be gone
-                lives = record.state in {"running", "finished"}
-                self._clear(record, keep=self._checkpoint(record) if lives else None)
+                self._clear(record.number)
+
+    def _inherited(self, record: Record) -> Path | None:
+        """Return the checkpoint that a child begins with; None for others, and once it has one of its own."""
+        if record.heir is None or record.rungs:
+            return None
+        parent = self._known(record.heir.parent, record.seed)
+        return None if parent is None else self._at(parent, record.heir.born)
+
+    def _at(self, record: Record, epochs: int) -> Path | None:
+        found = record.checkpoint_at(epochs)
+        return None if found is None else self._plan.directory / found
 
     def _checkpoint(self, record: Record) -> Path | None:
         return self._plan.directory / record.rungs[-1].checkpoint if record.rungs else None

@@ -32,7 +32,8 @@ class RegularizedEvolution(BaseSampler):
 
     Args:
         population: How many of the last finished candidates may be parents, at least 1.
-        tournament: How many of these compete to be the parent, from 1 to ``population``. More is greedier.
+        tournament: How many of these compete to be the parent, from 1 to ``population``. More is greedier, which pays
+            as no child is tried twice: ``benchmarks/replay.py`` compares.
         spread: Standard deviation of a changed number, as a fraction of its range (of its logarithm's where that is how
             it is distributed), in (0, 1].
         seed: Of all draws, at least 0.
@@ -42,15 +43,15 @@ class RegularizedEvolution(BaseSampler):
         ValueError: If one is out of range.
 
     Example:
-        >>> RegularizedEvolution(population=20, tournament=5).seed
+        >>> RegularizedEvolution(population=10, tournament=3).seed
         0
 
     Reference:
         Real et al., "Regularized Evolution for Image Classifier Architecture Search", AAAI 2019.
     """
 
-    population: int = 10
-    tournament: int = 3
+    population: int = 20
+    tournament: int = 10
     spread: float = 0.2
     seed: int = 0
 

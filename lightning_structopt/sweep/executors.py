@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from lightning_structopt._checks import require_whole
 from lightning_structopt.sweep.devices import count_devices, require_devices
-from lightning_structopt.sweep.processes import Running, start_locally, trial_environment, wait_for
+from lightning_structopt.sweep.forkserver import shared_server
+from lightning_structopt.sweep.processes import Running, is_forked, start_locally, trial_environment, wait_for
 from lightning_structopt.sweep.spec import Message, TrialSpec
 from lightning_structopt.sweep.trial import run_trial
 
@@ -32,6 +33,9 @@ class Executor(ABC):
         Raises:
             ValueError: If it can't.
         """
+
+    def prepare(self, trainers: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027
+        """Begin with what the first trial would wait for, as trials of these Trainer arguments will start soon."""
 
     @abstractmethod
     def start(self, spec: TrialSpec, slot: int, trainer: Mapping[str, Any]) -> Running:
@@ -74,6 +78,11 @@ class LocalProcesses(Executor):
     @override
     def check(self, trainer: Mapping[str, Any], timeout: float | None) -> None:
         require_devices(trainer, self.workers)
+
+    @override
+    def prepare(self, trainers: Sequence[Mapping[str, Any]]) -> None:
+        if any(is_forked(count_devices(trainer, self.workers)) for trainer in trainers):
+            shared_server()  # which imports PyTorch while we go on
 
     @override
     def threads(self, trainer: Mapping[str, Any]) -> int | None:

@@ -5,6 +5,7 @@ forkserver would import the user's script in every trial; this one imports nothi
 """
 
 import atexit
+import gc
 import json
 import os
 import select
@@ -181,6 +182,11 @@ def main(descriptor: int) -> None:
     control = socket.socket(fileno=descriptor)
     for module in _PRELOAD:
         import_module(module)
+    with suppress(ImportError):  # Lightning imports it at each checkpoint, where it is there
+        import_module("omegaconf")
+    # What has been imported stays. Collections in trials would go through all of it, and copy the memory that it is in.
+    gc.collect()
+    gc.freeze()
     # Numerical libraries have threads that Python can't see through; they are ready for forks.
     warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
     work = serve(control)

@@ -146,8 +146,12 @@ class SpawnedTrial(LocalTrial):
 
 def start_locally(spec: TrialSpec, environment: dict[str, str], devices: int) -> LocalTrial:
     """Start a trial on this machine: on one device, and on Linux, it is forked."""
-    forked = sys.platform == "linux" and devices == 1
-    return (ForkedTrial if forked else SpawnedTrial)(spec, environment)
+    return (ForkedTrial if is_forked(devices) else SpawnedTrial)(spec, environment)
+
+
+def is_forked(devices: int) -> bool:
+    """Return whether trials on so many devices are forked."""
+    return sys.platform == "linux" and devices == 1
 
 
 def wait_for(running: Sequence[LocalTrial], timeout: float) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_structopt._checks import require_whole
 from lightning_structopt.profiling.loggers import Content, log_content
 from lightning_structopt.profiling.tabular import Tabular, as_csv, as_markdown, written
+from lightning_structopt.sweep.heirs import Heirs, root
 from lightning_structopt.sweep.loading import load_candidate
 from lightning_structopt.sweep.pareto import Point, front
 from lightning_structopt.sweep.plan import Plan
@@ -36,6 +37,7 @@ class CandidateResult:
         costs: Parameters, bytes, and for one sample FLOPs and milliseconds, as far as they could be measured.
         parameters: What the search space drew.
         reason: Why it failed or was refused.
+        parent: Whose child it is; its epochs begin with those of its parent.
         checkpoint: Its last checkpoint (of the seed with the best score), None if it was deleted.
         plan: The sweep that it is of.
     """
@@ -51,8 +53,10 @@ class CandidateResult:
     costs: Mapping[str, float] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     reason: str | None = None
+    parent: str | None = None
     checkpoint: Path | None = None
     plan: Plan | None = field(default=None, repr=False, compare=False)
+    heirs: Heirs = field(default_factory=dict, repr=False, compare=False)
 
     def load(self) -> Any:
         """Return the trained LightningModule, on the CPU.
@@ -65,7 +69,9 @@ class CandidateResult:
                 f"Only candidates that came to the last rung can be loaded. Found that {self.name!r} is {self.state}. "
                 "Take one of `result.top(k)`, or a budget that keeps more."
             )
-        return load_candidate(self.name, self.plan.candidates[self.name], self.parameters, self.checkpoint)
+        candidate = self.plan.candidates[root(self.name, self.heirs)]
+        changes = self.plan.changes(self.name, self.heirs)
+        return load_candidate(self.name, candidate, self.parameters, self.checkpoint, changes)
 
     def row(self) -> dict[str, Any]:
         """Return it as flat plain data."""
@@ -74,7 +80,8 @@ class CandidateResult:
         return plain | rungs | dict(self.costs) | dict(self.parameters)
 
 
-_NESTED = {"scores", "curve", "costs", "parameters", "checkpoint", "plan"}
+_INTERNAL = {"checkpoint", "plan", "heirs"}
+_NESTED = {"scores", "curve", "costs", "parameters", *_INTERNAL}
 
 
 @dataclass(frozen=True)
@@ -188,11 +195,7 @@ class SweepResult(Tabular):
     def to_json(self, path: str | Path | None = None) -> str:
         """Return everything that was found as JSON, and write it to ``path`` if given."""
         found = [
-            {
-                f.name: getattr(candidate, f.name)
-                for f in fields(candidate)
-                if f.name not in {"plan", "checkpoint"}
-            }
+            {f.name: getattr(candidate, f.name) for f in fields(candidate) if f.name not in _INTERNAL}
             for candidate in self.candidates
         ]
         return written(
@@ -244,7 +247,13 @@ class SweepResult(Tabular):
 
 def ranked(plan: Plan, records: Sequence[Record]) -> SweepResult:
     """Return the result of ``plan`` as its ``records`` tell it."""
-    found = [_candidate(plan, name, [r for r in records if r.candidate == name]) for name in plan.names]
+    heirs = {record.candidate: record.heir for record in records if record.heir is not None}
+    drawn = {record.candidate: record.parameters for record in records if record.seed == plan.seed}
+    names = [*plan.names, *heirs]
+    found = [_candidate(plan, name, [r for r in records if r.candidate == name]) for name in names]
+    for place, candidate in enumerate(found[len(plan.names) :], start=len(plan.names)):
+        own = drawn[root(candidate.name, heirs)]
+        found[place] = replace(candidate, parent=heirs[candidate.name].parent, parameters=own, heirs=heirs)
     sign = 1 if plan.mode == "max" else -1
 
     def rank(candidate: CandidateResult) -> tuple[bool, int, float]:

@@ -25,6 +25,7 @@ class TrialSpec:
         directory: Where the trial may write.
         save: Checkpoint to write.
         resume: Checkpoint to go on from; None at the first rung.
+        newborn: Whether it is a child and that checkpoint its parent's.
         threads: CPU threads; None to leave them as they are.
         import_path: The driver's ``sys.path``.
     """
@@ -39,6 +40,7 @@ class TrialSpec:
     directory: str
     save: str
     resume: str | None = None
+    newborn: bool = False
     threads: int | None = None
     import_path: tuple[str, ...] = ()
 

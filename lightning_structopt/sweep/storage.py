@@ -13,6 +13,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_structopt.sweep.heirs import Heir
 from lightning_structopt.sweep.peers import NoPeers, Peers, SharedPeers
 from lightning_structopt.sweep.space import SearchSpace
 
@@ -60,6 +61,7 @@ class Record:
         reason: Why it failed or was refused.
         driver: Who is at it; None if nobody is.
         target: The epochs that it is being brought to.
+        heir: Whose child it is, if it is one.
     """
 
     number: int
@@ -73,6 +75,11 @@ class Record:
     reason: str | None = None
     driver: str | None = None
     target: int = 0
+    heir: Heir | None = None
+
+    def checkpoint_at(self, epochs: int) -> str | None:
+        """Return the checkpoint after ``epochs``, or after fewer if it stopped by itself."""
+        return next((r.checkpoint for r in reversed(self.rungs) if r.epochs <= epochs), None)
 
 
 class Ledger:
@@ -133,7 +140,9 @@ class Ledger:
             found.append(record)
         return found
 
-    def begin(self, candidate: str, seed: int, epochs: int, space: SearchSpace | None) -> Record:
+    def begin(
+        self, candidate: str, seed: int, epochs: int, space: SearchSpace | None, heir: Heir | None = None
+    ) -> Record:
         """Write down that a candidate starts, and draw its parameters if there is a ``space``."""
         if space is not None:
             self._catch_up(space, seed)
@@ -143,10 +152,12 @@ class Ledger:
             self._drawn.add(trial.number)
         trial.set_user_attr("claim", [self.peers.name, epochs])
         trial.set_user_attr("seed", seed)
+        if heir is not None:
+            trial.set_user_attr("heir", vars(heir))
         trial.set_user_attr("candidate", candidate)  # last: from here on it counts
         return Record(
-            trial.number, candidate, seed, parameters=trial.params, driver=self.peers.name, target=epochs
-        )
+            trial.number, candidate, seed, parameters=trial.params, driver=self.peers.name, target=epochs, heir=heir,
+        )  # fmt: skip
 
     def claim(self, record: Record, epochs: int) -> Record:
         """Write down that this driver is at it."""
@@ -190,7 +201,8 @@ class Ledger:
         """Bring the sampler's random state to where it would be had it drawn all itself: let it do so, unseen."""
         for trial in self._study.get_trials(deepcopy=False):
             attributes = trial.user_attrs
-            if trial.number in self._drawn or attributes.get("seed") != seed or "candidate" not in attributes:
+            drawn = attributes.get("seed") == seed and "candidate" in attributes and "heir" not in attributes
+            if trial.number in self._drawn or not drawn:
                 continue
             self._drawn.add(trial.number)
             again = self._unseen.ask()
@@ -273,4 +285,5 @@ def _record(trial: FrozenTrial) -> Record:
         reason=attributes.get("reason"),
         driver=claim[0] if claim else None,
         target=claim[1] if claim else 0,
+        heir=Heir(**attributes["heir"]) if "heir" in attributes else None,
     )

@@ -3,13 +3,12 @@
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import cloudpickle  # type: ignore[import-untyped]
 import lightning.pytorch as pl
 import torch
 
@@ -17,6 +16,9 @@ from lightning_structopt._checks import require_lightning
 from lightning_structopt.sweep.callback import ExactResume, RefusedError, Rung, UnsoundError
 from lightning_structopt.sweep.candidates import Candidate
 from lightning_structopt.sweep.channel import Channel
+from lightning_structopt.sweep.heirs import Mutation
+from lightning_structopt.sweep.inheritance import Birth, BirthError, example_of
+from lightning_structopt.sweep.pickles import load
 from lightning_structopt.sweep.spec import Send, TrialSpec
 
 _LONGEST_REASON = 200  # characters; the log has all of it
@@ -43,7 +45,7 @@ def run_trial(spec: TrialSpec, send: Send) -> None:
 
     try:
         _fit(spec, forward)
-    except RefusedError as refusal:
+    except (RefusedError, BirthError) as refusal:
         send({"refused": str(refusal)})
     except UnsoundError as reason:
         send({"failed": str(reason)})
@@ -62,22 +64,42 @@ def _fit(spec: TrialSpec, send: Send) -> None:
     sys.path[:] = [*spec.import_path] or sys.path
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
-    candidate, arguments, rules, parameters = cloudpickle.loads(Path(spec.candidate).read_bytes())
-    data = candidate.data
-    if data is None or callable(data):
-        shared = cloudpickle.loads(Path(spec.data).read_bytes())
-        data = shared if data is None else _part_of(shared, data)
-    data = data if isinstance(data, tuple) else (data, None)
+    candidate, arguments, rules, parameters, changes = load(Path(spec.candidate))
+    data = _data(spec, candidate)
     pl.seed_everything(spec.seed, workers=True, verbose=False)
-    module = build(spec.name, candidate, parameters)
-    trainer = pl.Trainer(**_arguments(spec, arguments, [ExactResume(spec), Rung(spec, rules, send)]))
+    module = build(spec.name, candidate, parameters, changes[:-1] if spec.newborn else changes)
+    callbacks: list[pl.Callback] = [ExactResume(spec), Rung(spec, rules, send)]
+    resume = spec.resume
+    if spec.newborn:
+        birth = _birth(spec, module, changes[-1])
+        callbacks.insert(1, birth)
+        resume = str(birth.file)
+    trainer = pl.Trainer(**_arguments(spec, arguments, callbacks))
     require_lightning("ArchitectureSweep", trainer, module)
     # Safe: this process has just run what lay beside that checkpoint, and hyperparameters may be of any class.
-    options: dict[str, Any] = {"ckpt_path": spec.resume, "weights_only": False}
+    options: dict[str, Any] = {"ckpt_path": resume, "weights_only": False}
     if isinstance(data[0], pl.LightningDataModule):
         trainer.fit(module, datamodule=data[0], **options)
     else:
         trainer.fit(module, *data, **options)
+
+
+def _data(spec: TrialSpec, candidate: Candidate) -> tuple[Any, Any]:
+    data = candidate.data
+    if data is None or callable(data):
+        shared = load(Path(spec.data))
+        data = shared if data is None else _part_of(shared, data)
+    return data if isinstance(data, tuple) else (data, None)
+
+
+def _birth(spec: TrialSpec, module: Any, change: tuple[Mutation, Path]) -> Birth:
+    def again() -> tuple[Any, Any]:  # data that training doesn't use
+        return _data(spec, load(Path(spec.candidate))[0])
+
+    assert spec.resume is not None
+    return Birth(
+        module, change[0], example_of(module, again), Path(spec.resume), change[1], Path(spec.directory)
+    )
 
 
 def _part_of(shared: tuple[Any, Any], choose: Callable[[Any], Any]) -> Any:
@@ -85,8 +107,13 @@ def _part_of(shared: tuple[Any, Any], choose: Callable[[Any], Any]) -> Any:
     return choose(shared[0] if isinstance(shared[0], pl.LightningDataModule) else shared)
 
 
-def build(name: str, candidate: Candidate, parameters: Mapping[str, Any]) -> Any:
-    """Build the module of ``candidate``.
+def build(
+    name: str,
+    candidate: Candidate,
+    parameters: Mapping[str, Any],
+    changes: Sequence[tuple[Mutation, Path]] = (),
+) -> Any:
+    """Build the module of ``candidate``, and change it as its ``changes`` say, which lie in files.
 
     Raises:
         TypeError: If it is no LightningModule.
@@ -96,6 +123,8 @@ def build(name: str, candidate: Candidate, parameters: Mapping[str, Any]) -> Any
         raise TypeError(
             f"Candidate {name!r} must return a LightningModule. Found a `{type(module).__name__}`."
         )
+    for mutation, file in changes:
+        mutation.saved_plan(file).apply_in_place(module)
     return module
 
 
@@ -109,7 +138,7 @@ def _arguments(spec: TrialSpec, given: Mapping[str, Any], ours: list[pl.Callback
         **_QUIET,
         **given,
         "logger": logger(spec.name) if named else logger,  # a function of the name: a run for each candidate
-        "callbacks": [ours[0], *callbacks, *ours[1:]],
+        "callbacks": [*ours[:-1], *callbacks, ours[-1]],
         "enable_checkpointing": True,  # the rung's callback counts as one; there is no other unless given
         "max_epochs": spec.total_epochs,
         "default_root_dir": spec.directory,

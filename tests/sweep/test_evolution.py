@@ -148,7 +148,7 @@ def test_it_finds_more_than_random_search() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="`tournament` must be at most `population`. Found 3 of 2"):
+    with pytest.raises(ValueError, match="`tournament` must be at most `population`. Found 10 of 2"):
         RegularizedEvolution(population=2)
     with pytest.raises(ValueError, match="`population` must be at least 1"):
         RegularizedEvolution(population=0)
