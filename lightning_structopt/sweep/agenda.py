@@ -72,7 +72,9 @@ def _played(
         standings = [_standing(plan, known.get((name, plan.seed)), taken) for name in names]
         for index, heir in enumerate(heirs.values(), start=len(plan.names)):
             standings[index] = replace(standings[index], parent=places[heir.parent], born=heir.born)
-        decision = plan.budget.decide(standings, plan.patience, len(plan.mutate))
+        # A budget of one's own need not know of children.
+        more = {"children": len(plan.mutate)} if plan.mutate else {}
+        decision = plan.budget.decide(standings, plan.patience, **more)
         if not plan.mutate or number >= len(decision.survivors):
             break
         epochs, survivors = decision.survivors[number]

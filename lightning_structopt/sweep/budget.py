@@ -82,7 +82,7 @@ class Budget(ABC):
         Args:
             standings: One for each candidate; those of children, as far as they are born, come last.
             patience: Rounds without a better best after which the sweep ends; None for no such end.
-            children: How many each survivor of a round gives.
+            children: How many each survivor of a round gives; not given where there is no ``mutate``.
         """
 
 
