@@ -23,6 +23,10 @@ def export(
     with in_mode(module, training), without_fast_path(), torch.no_grad(), warnings.catch_warnings():
         # Recurrent layers keep a list of their weights, which they fill anew while they are traced.
         warnings.filterwarnings("ignore", message=".*were assigned during export", category=UserWarning)
+        # torch 2.7 says so of a module that is held outside of `_modules`, such as a teacher.
+        warnings.filterwarnings(
+            "ignore", message="Unable to find the path of the module", category=UserWarning
+        )
         try:
             return _flat(torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False))
         except Exception as error:  # whatever the user's code or torch raises

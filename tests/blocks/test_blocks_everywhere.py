@@ -90,7 +90,9 @@ def test_compiles_with_graph_breaks(name: str, training: bool) -> None:
             if training and name not in {"exits", "capsules"}:
                 loss = loss + auxiliary_loss(module)
             loss.backward()
-            results.append((loss, [p.grad for p in module.parameters()]))
+            # Dynamo of torch 2.7 gives zeros to those that have no part in the output.
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters()]
+            results.append((loss, grads))
         torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 

@@ -378,7 +378,7 @@ def test_fill_runs_the_teacher_once_a_sample(tmp_path: Path, workers: int, capsy
     assert all(part.training for part in teacher.modules())
     assert teacher.net[1].num_batches_tracked == 0
     cache.fill(teacher, loader, progress=False)
-    assert capsys.readouterr().out == ""
+    assert not capsys.readouterr().out.strip()  # rich 13 ends a line also where it shows nothing
     assert calls == [8, 8, 4]
     teacher.eval()
     found = cache.get(torch.arange(20))["logits"]
