@@ -30,7 +30,7 @@ def training_horizon(trainer: Any) -> Horizon:
     Args:
         trainer: A ``lightning.pytorch.Trainer`` whose training data is set up.
     """
-    max_epochs = math.inf if trainer.max_epochs in {None, -1} else trainer.max_epochs
+    max_epochs = _epochs_trained(trainer)
     if _counts_own_steps(trainer):
         return Horizon(max_epochs, trainer.max_steps)
     max_steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
@@ -58,6 +58,14 @@ def training_position(trainer: Any) -> Horizon:
         trainer: A ``lightning.pytorch.Trainer`` in ``on_train_batch_start``.
     """
     return Horizon(trainer.current_epoch, steps_taken(trainer))
+
+
+def _epochs_trained(trainer: Any) -> float:
+    """Return in how many epochs weights are trained."""
+    # StochasticWeightAveraging adds one, in which batch norms look at data and nothing is trained.
+    averaged = [callback.swa_end + 1 for callback in trainer.callbacks if hasattr(callback, "swa_end")]
+    epochs = averaged[0] if averaged else trainer.max_epochs
+    return math.inf if epochs in {None, -1} else epochs
 
 
 def _counts_own_steps(trainer: Any) -> bool:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_structopt._checks import require_choice, require_lightning, require_type, require_whole
 from lightning_structopt._horizon import Horizon, training_horizon
-from lightning_structopt._rates import move, require_rates
+from lightning_structopt._rates import OwnGroupsLR, move, require_free_rates
 from lightning_structopt._release import LetsGo
 from lightning_structopt.pruning.rewinding import TrainsInRounds
 from lightning_structopt.schedules import Schedule
@@ -24,7 +24,8 @@ class LRDecay(LetsGo, Callback):
 
     Each optimizer gets a ``torch.optim.lr_scheduler.LambdaLR`` among the trainer's schedulers, so
     ``LearningRateMonitor`` and checkpoints work as if ``configure_optimizers`` had returned it. Parameter
-    groups keep their own initial rates. The position :math:`t` is the trainer's own, in optimizer steps (not
+    groups keep their own initial rates; groups that a callback adds later (``BackboneFinetuning``) keep the rates
+    that it gives them. The position :math:`t` is the trainer's own, in optimizer steps (not
     batches) or epochs, also after a resume and in a second ``fit`` of the same trainer.
 
     Under manual optimization every optimizer counts its own steps. How many there will be only the module
@@ -84,8 +85,7 @@ class LRDecay(LetsGo, Callback):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self._retired:  # weight averaging owned the rates when the checkpoint was saved, and does so again
             return
-        _require_no_scheduler(trainer)
-        require_rates("LRDecay", trainer)
+        require_free_rates("LRDecay", trainer)
         self._require_countable(trainer)
         self._schedulers = [self._schedule_of(optimizer) for optimizer in trainer.optimizers]
         trainer.strategy.lr_scheduler_configs = [
@@ -137,7 +137,7 @@ class LRDecay(LetsGo, Callback):
     def _schedule_of(self, optimizer: Optimizer) -> LambdaLR:
         # A plain function, as a LambdaLR saves the attributes of any other callable into the checkpoint. It
         # reads the horizon late; until training starts only the value at 0, the same for all, is used.
-        return LambdaLR(optimizer, lambda t: self.schedule(t, self._length))
+        return OwnGroupsLR(optimizer, lambda t: self.schedule(t, self._length))
 
     def _in_charge(self, trainer: "pl.Trainer") -> list[LambdaLR]:
         """Return the schedulers that still own their rates: weight averaging replaces them."""
@@ -238,12 +238,4 @@ def _require_sole_callback(trainer: Any) -> None:
         raise ValueError(
             f"A trainer must have one `LRDecay`. Found {found}. Combine them into one schedule, such as "
             "`Warmup(steps, then=...)`."
-        )
-
-
-def _require_no_scheduler(trainer: Any) -> None:
-    for config in trainer.lr_scheduler_configs:
-        raise ValueError(
-            "The learning rate must have one owner. Found `LRDecay` and the "
-            f"`{type(config.scheduler).__name__}` that `configure_optimizers` returned. Remove one of them."
         )

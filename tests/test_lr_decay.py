@@ -638,7 +638,7 @@ def test_a_scheduler_of_the_module_is_refused(tmp_path, scheduler):
         tmp_path,
         Scheduled(),
         LRDecay(Linear()),
-        match=f"one owner. Found `LRDecay` and the `{scheduler.__name__}`",
+        match=f"one owner. Found `LRDecay` and a `{scheduler.__name__}`",
     )
 
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_structopt._checks import require_in, require_lightning, require_whole
 from lightning_structopt._dtensors import full, local
 from lightning_structopt._horizon import training_horizon
-from lightning_structopt._rates import move, require_rates
+from lightning_structopt._rates import OwnGroupsLR, move, require_free_rates
 from lightning_structopt._release import LetsGo
 from lightning_structopt.ensembles.parallel import ParallelEnsemble
 
@@ -39,7 +39,8 @@ class SnapshotEnsemble(LetsGo, Callback):
     Raises:
         TypeError: If ``cycles`` is not a whole number.
         ValueError: If an argument is out of range. At the start of ``fit``, before the first step: if a scheduler owns
-            the rates, there are none, the module optimizes by hand, or there are fewer steps than cycles.
+            the rates, there are none, the module optimizes by hand, there are fewer steps than cycles, or another
+            callback changes the module's shapes.
 
     Example:
         >>> snapshots = SnapshotEnsemble(cycles=5)
@@ -105,8 +106,9 @@ class SnapshotEnsemble(LetsGo, Callback):
 
     @override
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        _require_sole_owner(trainer)
+        require_free_rates("SnapshotEnsemble", trainer)
         _require_automatic(trainer)
+        _require_one_shape(trainer)
         self._schedulers = [self._schedule_of(optimizer) for optimizer in trainer.optimizers]
         trainer.strategy.lr_scheduler_configs = [
             LRSchedulerConfig(scheduler, interval="step") for scheduler in self._schedulers
@@ -158,7 +160,7 @@ class SnapshotEnsemble(LetsGo, Callback):
     def _schedule_of(self, optimizer: Optimizer) -> LambdaLR:
         # A plain function, as a LambdaLR saves the attributes of any other callable into the checkpoint. It reads
         # the length late; until training starts only the value at 0 is used.
-        return LambdaLR(optimizer, lambda step: self.factor(step))
+        return OwnGroupsLR(optimizer, lambda step: self.factor(step))
 
     def _follow(self, trainer: "pl.Trainer") -> None:
         """Put the schedules where the trainer is, and set the rates that belong there."""
@@ -183,20 +185,6 @@ def _snapshot(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _require_sole_owner(trainer: Any) -> None:
-    """Raise unless nothing else sets the learning rates, and there are some.
-
-    Raises:
-        ValueError: If so.
-    """
-    for config in trainer.lr_scheduler_configs:
-        raise ValueError(
-            "The learning rate must have one owner. Found `SnapshotEnsemble` and a "
-            f"`{type(config.scheduler).__name__}`, of `configure_optimizers` or another callback. Remove one of them."
-        )
-    require_rates("SnapshotEnsemble", trainer)
-
-
 def _require_automatic(trainer: Any) -> None:
     """Raise if only the module knows when its optimizers step.
 
@@ -209,3 +197,18 @@ def _require_automatic(trainer: Any) -> None:
             f"`{type(trainer.lightning_module).__name__}`. Leave the optimization to Lightning, or keep snapshots in "
             "the module."
         )
+
+
+def _require_one_shape(trainer: Any) -> None:
+    """Raise if a callback changes the shapes of what is trained.
+
+    Raises:
+        ValueError: If one does.
+    """
+    for callback in trainer.callbacks:
+        if getattr(callback, "changes_shapes", False):
+            raise ValueError(
+                "All snapshots must load into one class. Found `SnapshotEnsemble` with "
+                f"`{type(callback).__name__}`, which changes the shapes of the module between them. Train twice; "
+                'channels may also be removed in the end: `ChannelPruning(remove="end")`.'
+            )
