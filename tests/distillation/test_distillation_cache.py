@@ -56,6 +56,14 @@ def test_half_precision_is_close(tmp_path: Path) -> None:
     torch.testing.assert_close(cached, live, rtol=0.05, atol=5e-3)
 
 
+@pytest.mark.parametrize("arguments", [{}, {"top_k": 2}], ids=str)
+def test_a_student_learns_the_same_whether_the_cache_was_there_or_not(arguments: Any, tmp_path: Path) -> None:
+    # So does one that was killed in its first epoch and goes on.
+    first, _ = train(tmp_path, TeacherCache(tmp_path / "cache", **arguments))
+    again, _ = train(tmp_path, TeacherCache(tmp_path / "cache", **arguments))
+    assert_same_state(again, first)
+
+
 def test_the_student_sees_batches_as_without_numbers(tmp_path: Path) -> None:
     class Unpacks(Classifier):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
