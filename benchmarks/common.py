@@ -92,7 +92,7 @@ class Classifier(pl.LightningModule):
 
 
 def quiet_trainer(**kwargs: Any) -> pl.Trainer:
-    """Return a Trainer on the CPU that neither logs nor saves nor shows anything."""
+    """Return a Trainer on the CPU that neither logs nor saves nor shows anything, but for what is asked for."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for advice in ("does not have many workers", "The number of training batches", "GPU available"):
         warnings.filterwarnings("ignore", message=f".*{advice}.*")
@@ -100,10 +100,9 @@ def quiet_trainer(**kwargs: Any) -> pl.Trainer:
         accelerator="cpu",
         devices=1,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **kwargs,
+        **{"enable_checkpointing": False, **kwargs},
     )
 
 

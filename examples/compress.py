@@ -18,6 +18,7 @@ import copy
 import logging
 import statistics
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, random_split
+from torch.utils.data import DataLoader, Sampler, TensorDataset, random_split
 
 import lightning_structopt as so
 from lightning_structopt.profiling import ComparisonReport
@@ -69,6 +70,22 @@ class Classifier(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
 
 
+class Reshuffled(Sampler[int]):
+    """An order of its own for each epoch, which is the same when training was broken off and goes on."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples, self.epoch = samples, 0
+
+    def set_epoch(self, epoch: int) -> None:  # the trainer calls it
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(self.samples, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+
+
 class Pipeline:
     """One seed's way from the library to the small network; each step is on disk before the next begins."""
 
@@ -80,7 +97,8 @@ class Pipeline:
         self.example, size = train_x[:2], 64 if len(train_x) < 10_000 else 128
         everything = TensorDataset(train_x, train_y)
         parts = random_split(everything, [0.9, 0.1], torch.Generator().manual_seed(0))
-        self.train, self.val = DataLoader(parts[0], size, shuffle=True), DataLoader(parts[1], 512)
+        self.train = DataLoader(parts[0], size, sampler=Reshuffled(len(parts[0])))
+        self.val = DataLoader(parts[1], 512)
         self.test = DataLoader(TensorDataset(test_x, test_y), 64)
 
     def run(self) -> ComparisonReport:
@@ -123,6 +141,7 @@ class Pipeline:
             so.FLOPs(self.keep), interval="step", every=10, end=0.6, remove="now",
             round_to=4, example_input=self.example, verbose=False,
         )  # fmt: skip
+        pl.seed_everything(self.seed, verbose=False)  # the student is drawn now, whatever was done before
         path = self.taught("small", Classifier(*STUDENT), ensemble, 2 * self.epochs, pruning)
         return so.load_shrunk(Classifier, path)
 
@@ -148,13 +167,12 @@ class Pipeline:
         """Distil the ensemble into ``student``, or go on with it; return the checkpoint, also if it was done before."""
         done, last = self.folder / f"{name}.ckpt", self.folder / name / "last.ckpt"
         if not done.exists():
-            pl.seed_everything(self.seed, verbose=False)
             trainer = pl.Trainer(
                 max_epochs=epochs,
                 callbacks=[
                     *callbacks,
                     so.LRDecay(so.Cosine(minimum=0.02)),
-                    ModelCheckpoint(last.parent, save_last=True, save_top_k=0),
+                    ModelCheckpoint(last.parent, save_last=True),
                     RichProgressBar(leave=False),
                 ],
                 accelerator="cpu",
@@ -163,7 +181,8 @@ class Pipeline:
             )
             module = so.DistillationModule(ensemble.as_teacher(), student, so.SoftTarget(2.0), alpha=0.9)
             trainer.fit(module, self.train, ckpt_path=last if last.exists() else None)
-            trainer.save_checkpoint(done)
+            trainer.save_checkpoint(last.with_name("done"))
+            last.with_name("done").rename(done)  # there as a whole, or not at all
         return done
 
     def export(self, module: Classifier) -> None:
