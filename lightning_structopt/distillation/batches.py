@@ -1,5 +1,6 @@
 """How a batch is read: what the teacher is given, and which part of it are the labels."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,9 +54,36 @@ def default_target(batch: Any) -> Any:
 
 def call_with(module: torch.nn.Module, inputs: Any) -> Any:
     """Call ``module`` with a tensor, a tuple of arguments or a mapping of named arguments."""
+    arguments, named = _arguments(inputs)
+    return module(*arguments, **named)
+
+
+def require_takes(module: torch.nn.Module, inputs: Any) -> None:
+    """Raise unless ``forward`` of a teacher takes what :func:`call_with` gives it.
+
+    Args:
+        module: The teacher.
+        inputs: What was read of a batch.
+
+    Raises:
+        TypeError: If it takes other arguments.
+    """
+    arguments, named = _arguments(inputs)
+    try:
+        inspect.signature(module.forward).bind(*arguments, **named)
+    except TypeError as error:
+        given = f"named {sorted(named)}" if named else f"{len(arguments)} in order"
+        raise TypeError(
+            f"The teacher must take what is read of a batch. Found `{type(module).__name__}.forward` with arguments, "
+            f"{given}, that it does not take: {error}. Give `teacher_input`, a function from a batch to a tensor, a "
+            "tuple of arguments or a mapping of named ones."
+        ) from error
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     if isinstance(inputs, Mapping):
-        return module(**inputs)
-    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+        return (), inputs
+    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
 
 
 def with_dtype(inputs: Any, dtype: torch.dtype) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from lightning_structopt._checks import require_choice
-from lightning_structopt.distillation.batches import call_with, with_dtype
+from lightning_structopt.distillation.batches import call_with, require_takes, with_dtype
 from lightning_structopt.distillation.taps import Taps
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
@@ -95,6 +95,7 @@ class FrozenTeacher:
             ids: Numbers of its samples, for teachers that remember them.
 
         Raises:
+            TypeError: If the teacher does not take what is read of the batch.
             ValueError: If an output is NaN or requires a gradient.
         """
         if not self._parts:
@@ -102,8 +103,11 @@ class FrozenTeacher:
         for part in self._parts:
             if part.training:  # someone called `train()`, or Lightning restored a mode
                 part.training = False
+        inputs = self._as_weights(self.read(batch))
+        if batch_idx == 0:
+            require_takes(self.module, inputs)
         with self.taps, self._autocast():
-            call_with(self.module, self._as_weights(self.read(batch)))
+            call_with(self.module, inputs)
         caught = self.taps.take()
         if any(output.grad_fn is not None for output in caught.values()):
             raise ValueError(
