@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_structopt"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What even the ground floor stands on.
 GROUND = {
+    "_checkpoints",
     "_checks",
     "_devices",
     "_dtensors",

@@ -1,13 +1,14 @@
 """What an ensemble is made of: modules, checkpoints with their class, and what loads itself."""
 
 import inspect
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
+
+from lightning_structopt._checks import require_list
 
 
 class Loadable(Protocol):
@@ -39,6 +40,7 @@ def settle(members: Sequence[Member], *, trained: bool = False) -> list[nn.Modul
     given = (
         [members] if isinstance(members, nn.Module) and not isinstance(members, nn.ModuleList) else members
     )
+    require_list("members", given)
     loaded = [_loaded(member, index) for index, member in enumerate(given)]
     if not loaded:
         raise ValueError(
@@ -75,7 +77,7 @@ def _from_checkpoint(kind: Any, path: str | Path) -> nn.Module:
         raise FileNotFoundError(f"A member's checkpoint must be a file. Found none at `{path}`.")
     try:
         module: nn.Module = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, TypeError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever unpickling raises on a file that is something else
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"A member's checkpoint must be of its class. Found `{path}`, which `{kind.__name__}` can't load: "

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
+from lightning_structopt._checkpoints import read_checkpoint, state_dict_of
 from lightning_structopt.growth.plan import GrowthPlan
 from lightning_structopt.shrinking.loading import made_from, plan_data
+from lightning_structopt.shrinking.saved_plan import naming_what_is_there
 
 OWNER = "NetworkGrowth"  # under this key Lightning keeps the callback's state in a checkpoint
 _Module = TypeVar("_Module")
@@ -30,25 +30,27 @@ def load_grown(module_class: type[_Module], checkpoint: str | Path, **init: Any)
         The module, on the CPU.
 
     Raises:
-        ValueError: If the checkpoint is of another training, or the class or its arguments don't fit.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint, is of another training, or the class or its arguments don't fit.
 
     Example:
         >>> module = load_grown(MyModule, "last.ckpt")  # doctest: +SKIP
     """
-    loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    loaded = read_checkpoint(checkpoint)
     plan = plan_in(loaded)
     if plan is None:
         raise ValueError(
             "A checkpoint with a grown module is saved by a training with `NetworkGrowth`. Found none of its plans in "
             f"{str(checkpoint)!r}. Load it by `{module_class.__name__}.load_from_checkpoint`."
         )
-    state, loaded["state_dict"] = loaded["state_dict"], {}
+    state, loaded["state_dict"] = state_dict_of(loaded, checkpoint), {}
     with warnings.catch_warnings():  # of an empty state dict, which is meant
         warnings.filterwarnings("ignore", ".*keys that are in the model state dict but not in the checkpoint")
         warnings.filterwarnings("ignore", "The state dict in .* contains no parameters")
         module = made_from(module_class, loaded, strict=False, **init)
     plan.apply_in_place(module)
-    module.load_state_dict(state)
+    with naming_what_is_there():
+        module.load_state_dict(state)
     grown: _Module = module
     return grown
 

@@ -11,7 +11,7 @@ from typing_extensions import Self, override
 
 from lightning_structopt.growth.deepening import Deepening
 from lightning_structopt.growth.widening import Widening
-from lightning_structopt.shrinking.saved_plan import SavedPlan
+from lightning_structopt.shrinking.saved_plan import SavedPlan, naming_what_is_there
 
 _STEPS: dict[str, type[Widening] | type[Deepening]] = {"widening": Widening, "deepening": Deepening}
 
@@ -68,8 +68,9 @@ class GrowthPlan(SavedPlan):
             ValueError: If the plan is for another class or for other shapes, or an optimizer's state can't be copied.
         """
         self.require_class_of(module)
-        for step in self.steps:
-            step.grow(module, optimizers)
+        with naming_what_is_there():
+            for step in self.steps:
+                step.grow(module, optimizers)
 
     def then(self, other: "GrowthPlan") -> "GrowthPlan":
         """Return the plan that does what this one does, and then what ``other`` does."""
@@ -90,7 +91,7 @@ def _step(data: Mapping[str, Any]) -> Widening | Deepening:
     fields = {name: value for name, value in data.items() if name != "step"}
     if "copies" in fields:  # JSON has no numbers as keys
         fields["copies"] = {
-            name: {int(dim): list(indices) for dim, indices in dims.items()}
+            name: {int(dim): [int(each) for each in indices] for dim, indices in dims.items()}
             for name, dims in fields["copies"].items()
         }
     if "bounds" in fields:

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_structopt._checkpoints import read_checkpoint, state_dict_of
 from lightning_structopt.shrinking.plan import ShrinkPlan
+from lightning_structopt.shrinking.saved_plan import naming_what_is_there
 
 OWNER = "ChannelPruning"  # under this key Lightning keeps the callback's state in a checkpoint
 _Module = TypeVar("_Module")
@@ -30,12 +32,13 @@ def load_shrunk(module_class: type[_Module], checkpoint: str | Path, **init: Any
         The smaller module, on the CPU.
 
     Raises:
-        ValueError: If the checkpoint has no plan.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint, or one without a plan.
 
     Example:
         >>> small = load_shrunk(MyModule, "last.ckpt")  # doctest: +SKIP
     """
-    loaded = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    loaded = read_checkpoint(checkpoint)
     plan = plan_in(loaded)
     if plan is None:
         raise ValueError(
@@ -43,7 +46,7 @@ def load_shrunk(module_class: type[_Module], checkpoint: str | Path, **init: Any
             f"closed. Found none of its plans in {str(checkpoint)!r}. Take a later checkpoint, or load the module "
             "and call `so.shrink(module, example_input)`."
         )
-    loaded["state_dict"] = whole_again(loaded["state_dict"], plan)
+    loaded["state_dict"] = whole_again(state_dict_of(loaded, checkpoint), plan)
     module = made_from(module_class, loaded, **init)
     small: _Module = plan.apply(module)  # type: ignore[assignment]
     return small
@@ -57,7 +60,10 @@ def plan_in(checkpoint: Mapping[str, Any]) -> ShrinkPlan | None:
 
 def plan_data(checkpoint: Mapping[str, Any], owner: str) -> Any:
     """Return the data of the plan that a callback left in a checkpoint; None if there is none."""
-    return checkpoint.get("callbacks", {}).get(owner, {}).get("plan")
+    found: Any = checkpoint
+    for key in ("callbacks", owner, "plan"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
 
 
 def made_from(module_class: Any, checkpoint: Mapping[str, Any], **arguments: Any) -> Any:
@@ -67,11 +73,20 @@ def made_from(module_class: Any, checkpoint: Mapping[str, Any], **arguments: Any
         module_class: The LightningModule's class.
         checkpoint: The checkpoint.
         **arguments: For ``load_from_checkpoint``.
+
+    Raises:
+        ValueError: If the class or the arguments don't fit.
     """
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     buffer.seek(0)
-    return module_class.load_from_checkpoint(buffer, map_location="cpu", weights_only=True, **arguments)
+    try:
+        return module_class.load_from_checkpoint(buffer, map_location="cpu", weights_only=True, **arguments)
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"A checkpoint must be of its class. Found that `{module_class.__name__}` can't load it: {error} Give the "
+            "class that saved it, and the arguments that `save_hyperparameters` did not save."
+        ) from error
 
 
 def whole_again(state: Mapping[str, Tensor], plan: ShrinkPlan) -> dict[str, Tensor]:
@@ -85,10 +100,11 @@ def whole_again(state: Mapping[str, Tensor], plan: ShrinkPlan) -> dict[str, Tens
     # Tied weights have several names in a state dict, of which the plan has the first.
     first = {state[name].data_ptr(): name for name in small if name in state}
     result = dict(state)
-    for name, tensor in state.items():
-        known = name if name in small else first.get(tensor.data_ptr())
-        if known is not None and list(tensor.shape) == small[known]:
-            result[name] = _scattered(tensor, plan.kept[known], plan.shapes[known])
+    with naming_what_is_there():
+        for name, tensor in state.items():
+            known = name if name in small else first.get(tensor.data_ptr())
+            if known is not None and list(tensor.shape) == small[known]:
+                result[name] = _scattered(tensor, plan.kept[known], plan.shapes[known])
     return result
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from lightning_structopt.shrinking.graph_form import smaller_graph
-from lightning_structopt.shrinking.saved_plan import SavedPlan
+from lightning_structopt.shrinking.saved_plan import SavedPlan, naming_what_is_there
 from lightning_structopt.shrinking.surgery import set_attributes, smaller_copy
 from lightning_structopt.shrinking.tracing import tensors_of
 
@@ -61,8 +61,9 @@ class ShrinkPlan(SavedPlan):
                     "none. Give `apply` an `example_input`."
                 )
             return smaller_graph(module, as_tuple(example_input), self.kept)
-        small = smaller_copy(module, self.kept)
-        set_attributes(small, self.attributes)
+        with naming_what_is_there():
+            small = smaller_copy(module, self.kept)
+            set_attributes(small, self.attributes)
         return small
 
     def require_fits(self, module: nn.Module) -> None:
@@ -84,10 +85,11 @@ class ShrinkPlan(SavedPlan):
 
     def small_shapes(self) -> dict[str, list[int]]:
         """Return the shapes of parameters and buffers afterwards."""
-        return {
-            name: [len(self.kept[name].get(dim, range(size))) for dim, size in enumerate(shape)]
-            for name, shape in self.shapes.items()
-        }
+        with naming_what_is_there():
+            return {
+                name: [len(self.kept[name].get(dim, range(size))) for dim, size in enumerate(shape)]
+                for name, shape in self.shapes.items()
+            }
 
     @override
     def _data(self) -> dict[str, Any]:

@@ -11,7 +11,13 @@ from typing import Any, Literal
 from optuna.storages import BaseStorage
 from typing_extensions import override
 
-from lightning_structopt._checks import require_choice, require_in, require_type, require_whole
+from lightning_structopt._checks import (
+    require_choice,
+    require_in,
+    require_path,
+    require_type,
+    require_whole,
+)
 from lightning_structopt.sweep.agenda import agenda
 from lightning_structopt.sweep.brackets import AsynchronousHalving, Hyperband
 from lightning_structopt.sweep.budget import Budget, FixedRounds, SuccessiveHalving
@@ -24,7 +30,7 @@ from lightning_structopt.sweep.plan import Plan, require_same
 from lightning_structopt.sweep.progress import Display
 from lightning_structopt.sweep.result import SweepResult, ranked
 from lightning_structopt.sweep.space import SearchSpace
-from lightning_structopt.sweep.storage import Ledger, opened
+from lightning_structopt.sweep.storage import Ledger, as_written, cut_half_entry, opened
 
 Candidates = (
     Mapping[str, Candidate | Callable[[], Any]] | Sequence[Candidate | Callable[[], Any]] | SearchSpace
@@ -102,6 +108,10 @@ class ArchitectureSweep:
         executor = LocalProcesses() if executor is None else executor
         require_type("budget", budget, Budget)
         require_type("executor", executor, Executor)
+        require_path("directory", directory)
+        if storage is not None:
+            require_type("storage", storage, str)
+        require_type("progress", progress, bool)
         require_whole("seed", seed, 0)
         require_whole("repeats", repeats, 1)
         if timeout is not None:
@@ -110,7 +120,7 @@ class ArchitectureSweep:
         mutations = as_mutations(mutate)
         if mutations:
             _require_parents(budget, repeats)
-        require_free_arguments(trainer or {})
+        require_free_arguments({} if trainer is None else trainer)
         space = candidates if isinstance(candidates, SearchSpace) else None
         named = space.candidates() if space else as_candidates(candidates)  # type: ignore[arg-type]
         self._plan = Plan(
@@ -153,7 +163,11 @@ class ArchitectureSweep:
         url = self._storage or f"journal:{plan.directory / 'journal.log'}"
         with _locked(plan.directory, shared=self._storage is not None), opened(url) as storage:
             space = None if plan.space is None else copy.deepcopy(plan.space)  # its sampler draws
-            ledger = self._ledger(storage, space)
+            if self._storage is None:
+                cut_half_entry(plan.directory / "journal.log")
+            with as_written(url):
+                ledger = self._ledger(storage, space)
+                ledger.records()
             with ledger.peers.join():
                 with ledger.peers.turn():
                     if ledger.description:

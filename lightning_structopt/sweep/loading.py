@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_structopt._checkpoints import read_checkpoint, state_dict_of
 from lightning_structopt.sweep.candidates import Candidate
 from lightning_structopt.sweep.heirs import Mutation
 from lightning_structopt.sweep.trial import build
@@ -34,7 +34,7 @@ def load_candidate(
 
 def _state_dict(checkpoint: Path) -> Any:
     if checkpoint.is_file():
-        return torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        return state_dict_of(read_checkpoint(checkpoint), checkpoint)
     from lightning.fabric.utilities.load import _load_distributed_checkpoint
 
     return _load_distributed_checkpoint(checkpoint)["state_dict"]

@@ -1,6 +1,8 @@
 """Optuna's storage as the one owner of the state of trials."""
 
+import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -231,7 +233,9 @@ def opened(storage: str) -> Iterator[BaseStorage]:
     if storage.startswith("journal:"):
         path = Path(storage.removeprefix("journal:")).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield JournalStorage(JournalFileBackend(str(path)))
+        with as_written(storage):
+            journal = JournalStorage(JournalFileBackend(str(path)))
+        yield journal
         return
     _make_tables(storage)
     database = RDBStorage(
@@ -241,6 +245,40 @@ def opened(storage: str) -> Iterator[BaseStorage]:
         yield optuna.storages.get_storage(database)
     finally:
         database.engine.dispose()
+
+
+def cut_half_entry(journal: Path) -> None:
+    """Remove what a full disk or a lost power left of the last entry, which the next one would be glued to.
+
+    Args:
+        journal: Optuna's, which nobody else writes to. It may be missing.
+    """
+    if journal.is_file() and not (content := journal.read_bytes()).endswith(b"\n"):
+        os.truncate(journal, content.rfind(b"\n") + 1)
+
+
+@contextmanager
+def as_written(url: str) -> Iterator[None]:
+    """Say that a storage is damaged where Optuna stumbles over what it reads.
+
+    Raises:
+        ValueError: If it does.
+    """
+    try:
+        yield
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        TypeError,
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+    ) as error:
+        raise ValueError(
+            f"The storage of a sweep must be as it was written. Found {url!r}, which is damaged: "
+            f"{type(error).__name__}: {error}. Restore it, or give a new `directory`."
+        ) from error
 
 
 def _make_tables(url: str) -> None:
