@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from lightning_structopt._checks import require_in, require_type, require_whole
+from lightning_structopt._checks import require_in, require_list, require_type, require_whole
 
 
 class Schedule(ABC):
@@ -209,6 +209,7 @@ class MultiStep(Schedule):
     needs_horizon = False
 
     def __post_init__(self) -> None:
+        require_list("milestones", self.milestones)
         object.__setattr__(self, "milestones", tuple(self.milestones))
         for milestone in self.milestones:
             require_whole("milestones", milestone, 1)

@@ -44,7 +44,12 @@ def activation_module(activation: Activation) -> nn.Module:
             f" Give the class `{kind}`: each layer gets one of its own." if _is_module(activation) else ""
         )
         raise TypeError(f"`activation` must be a name or a module class. Found {activation!r}.{remedy}")
-    return activation()
+    try:
+        return activation()
+    except TypeError as error:
+        raise TypeError(
+            f"`activation` must be a module class that takes no arguments. Found `{activation.__name__}`: {error}."
+        ) from error
 
 
 def gain(activation: Activation) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_structopt._checks import require_choice, require_in, require_type
+from lightning_structopt._checks import require_choice, require_in, require_list, require_type
 from lightning_structopt._devices import device_of, moved
 from lightning_structopt._precision import widened
 from lightning_structopt._undisturbed import evaluating
@@ -251,6 +251,7 @@ def _exits(confidences: Tensor, threshold: Tensor) -> Tensor:
 
 def _require_pairs(stages: Sequence[nn.Module], heads: Sequence[nn.Module]) -> None:
     for name, parts in (("stages", stages), ("heads", heads)):
+        require_list(name, parts)
         for part in parts:
             require_type(name, part, nn.Module)
     if len(stages) != len(heads) or len(stages) < 2:
@@ -261,6 +262,8 @@ def _require_pairs(stages: Sequence[nn.Module], heads: Sequence[nn.Module]) -> N
 
 
 def _checked_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    if weights is not None:
+        require_list("weights", weights)
     found = (1.0,) * count if weights is None else tuple(weights)
     for weight in found:
         require_in("weights", weight, 0, math.inf, closed="left")

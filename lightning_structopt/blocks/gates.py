@@ -37,6 +37,7 @@ class Gate(nn.Module):
         require_whole("features", features, 1)
         require_whole("hidden", hidden, 1)
         require_in("opening", opening, 0, 1, closed="neither")
+        require_whole("dim", dim, 1)
         self.dim = dim
         self.net = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
         last = self.net[2]

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_structopt._checks import require_choice, require_whole
+from lightning_structopt._checks import require_choice, require_list, require_whole
 from lightning_structopt.blocks.activations import Activation, activation_module
 
 Norm = Literal["batch", "layer"]
@@ -18,6 +18,7 @@ def require_widths(widths: Sequence[int]) -> tuple[int, ...]:
         TypeError: If one isn't a whole number.
         ValueError: If there is none, or one is below 1.
     """
+    require_list("widths", widths)
     found = tuple(widths)
     if not found:
         raise ValueError(

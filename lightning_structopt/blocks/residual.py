@@ -70,6 +70,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if shortcut is None else shortcut
         self.activation = nn.Identity() if activation is None else activation_module(activation)
         self.survival = survival
+        require_type("zero_init", zero_init, bool)
         if zero_init:
             zero_last(body)
 

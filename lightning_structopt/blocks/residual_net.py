@@ -67,7 +67,12 @@ class ResidualNet(nn.Module):
         require_whole("classes", classes, 1)
         require_choice("projection", projection, ("pad", "convolution"))
         require_in("survival", survival, 0, 1, closed="right")
-        require_type("shortcuts", shortcuts, bool)
+        for name, flag in (
+            ("shortcuts", shortcuts),
+            ("preactivation", preactivation),
+            ("zero_init", zero_init),
+        ):
+            require_type(name, flag, bool)
         _require_shortcuts_for(shortcuts, survival, zero_init)
         widths = require_widths(widths)
         self._pads, self._activation = projection == "pad", activation

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_structopt._checks import require_in, require_type, require_whole
+from lightning_structopt._checks import require_in, require_list, require_type, require_whole
 from lightning_structopt._precision import widened
 from lightning_structopt._undisturbed import in_mode
 from lightning_structopt.blocks.adaptive import AdaptiveBlock, Pass, flops_per_row
@@ -63,6 +63,7 @@ class RoutedBlock(AdaptiveBlock):
         balance: float = 0.01,
     ) -> None:
         super().__init__()
+        require_list("experts", experts)
         for expert in experts:
             require_type("experts", expert, nn.Module)
         require_type("router", router, nn.Module)

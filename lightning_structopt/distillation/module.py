@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from typing_extensions import override
 
-from lightning_structopt._checks import require_lightning, require_type
+from lightning_structopt._checks import require_callable, require_lightning, require_type
 from lightning_structopt.distillation.balance import Balance
 from lightning_structopt.distillation.batches import default_input
 from lightning_structopt.distillation.cache.sample_ids import Identified
@@ -108,6 +108,10 @@ class DistillationModule(StandIn):
         cache: TeacherCache | None = None,
     ) -> None:
         super().__init__(_require_student(student))
+        require_type("shard_teacher", shard_teacher, bool)
+        for name, function in (("teacher_input", teacher_input), ("target", target), ("mask", mask)):
+            if function is not None:
+                require_callable(name, function)
         if shard_teacher and cache is not None:
             raise ValueError(
                 "A teacher in shards is asked by all ranks together, and a cache may answer some of them. Found "

@@ -71,7 +71,7 @@ class TemperatureScaling(nn.Module):
         require_type("module", module, nn.Module)
         require_in("temperature", temperature, 0, float("inf"), closed="neither")
         self.module = module
-        self.register_buffer("log_temperature", torch.tensor(temperature).log())
+        self.register_buffer("log_temperature", torch.tensor(float(temperature)).log())
 
     log_temperature: Tensor
 

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self, override
 
-from lightning_structopt._checks import require_in, require_lightning
+from lightning_structopt._checks import (
+    require_callable,
+    require_in,
+    require_lightning,
+    require_type,
+)
 from lightning_structopt._precision import widened
 from lightning_structopt.ensembles.batches import Read, as_inputs, read_pair, require_target
 from lightning_structopt.ensembles.members import Member, settle
@@ -55,6 +60,10 @@ class Ensemble(pl.LightningModule, ABC):
         super().__init__()
         if lr is not None:
             require_in("lr", lr, 0, float("inf"), closed="neither")
+        require_type("train_members", train_members, bool)
+        for name, function in (("read", read), ("optimizer", optimizer)):
+            if function is not None:
+                require_callable(name, function)
         if lr is not None and optimizer is not None:
             raise ValueError(
                 "An optimizer has its own rate. Found `lr` and `optimizer`. Leave one of them out."

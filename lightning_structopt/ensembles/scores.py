@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from lightning_structopt._checks import require_type
 from lightning_structopt._precision import widened
 from lightning_structopt.profiling.tasks import metrics_for, task_of
 
@@ -61,6 +62,8 @@ class Scores:
     """
 
     def __init__(self, metrics: Metrics | None = None) -> None:
+        if metrics is not None:
+            require_type("metrics", metrics, (Metric, MetricCollection, Mapping))
         self._given = metrics
         self._running: dict[str, MetricCollection] = {}
         self._task = ""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_structopt._checks import require_choice, require_in
+from lightning_structopt._checks import require_choice, require_in, require_list
 from lightning_structopt.ensembles.batches import Read, read_pair
 from lightning_structopt.ensembles.members import Member
 from lightning_structopt.ensembles.predictions import predictions
@@ -69,6 +69,7 @@ def weights_for(
         return LearnedWeights(count)
     if weights is None:
         return FixedWeights([1 / count] * count)
+    require_list("weights", weights)
     given = weights.tolist() if isinstance(weights, Tensor) else list(weights)
     for weight in given:
         require_in("weights", weight, 0, math.inf, closed="left")

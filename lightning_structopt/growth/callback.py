@@ -65,6 +65,9 @@ class NetworkGrowth(HearsLoading, Callback):
     See Chen et al., "Net2Net: Accelerating Learning via Knowledge Transfer" (2016), https://arxiv.org/abs/1511.05641.
     """
 
+    changes_shapes = True
+    """Of the module, while it trains; other callbacks may ask."""
+
     def __init__(
         self,
         when: Plateau | list[int],
@@ -87,6 +90,7 @@ class NetworkGrowth(HearsLoading, Callback):
         self.widen, self.deepen = widen, deepen
         self.max_parameters = max_parameters
         self.example_input = example_input
+        require_type("verbose", verbose, bool)
         self.verbose = verbose
         self._state: dict[str, Any] = {}  # plain data, no reference to a module
         self._from_checkpoint = self._rehearsed = self._validated = False

@@ -127,6 +127,7 @@ class IterativePruning(TrainsInRounds, LetsGo, Callback):
         if spare is not None:
             require_choice("spare", spare, ("first", "last", "both"))
         self.spare = spare
+        require_type("verbose", verbose, bool)
         self.verbose = verbose
 
         # Between fits everything rests here, as plain data: no reference to a module outlives its training.

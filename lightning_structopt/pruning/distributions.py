@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from lightning_structopt._checks import require_in
+from lightning_structopt._checks import require_in, require_mapping, require_type
 
 
 class Distribution(ABC):
@@ -62,6 +62,9 @@ class ErdosRenyi(Distribution):
 
     kernel: bool = True
 
+    def __post_init__(self) -> None:
+        require_type("kernel", self.kernel, bool)
+
     @override
     def share(self, shapes: Mapping[str, tuple[int, ...]], sparsity: float) -> dict[str, float]:
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -99,6 +102,7 @@ class PerLayer(Distribution):
     sparsities: Mapping[str, float]
 
     def __post_init__(self) -> None:
+        require_mapping("sparsities", self.sparsities)
         for name, sparsity in self.sparsities.items():
             require_in(f"sparsities[{name!r}]", sparsity, 0, 1, closed="left")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_structopt._checks import require_choice, require_type, require_whole
+from lightning_structopt._checks import require_choice, require_list, require_type, require_whole
 from lightning_structopt.pruning.criteria import Scores
 from lightning_structopt.pruning.distributions import Distribution, Uniform
 from lightning_structopt.pruning.lowest import Count, Masks, drop_lowest
@@ -201,6 +201,7 @@ class Block(Pattern):
 
     def __post_init__(self) -> None:
         require_choice("scope", self.scope, ("global", "layer"))
+        require_list("shape", self.shape)
         rows_and_columns = tuple(self.shape)  # a YAML file gives a list
         if len(rows_and_columns) != 2:
             raise ValueError(f"`shape` must be rows and columns. Found `shape = {self.shape!r}`.")

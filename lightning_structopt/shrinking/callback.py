@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_structopt._checks import (
+    as_names,
     require_choice,
     require_in,
     require_lightning,
@@ -133,11 +134,13 @@ class ChannelPruning(HearsLoading, TrainsInRounds, Callback):
         if rewind is not None:
             require_type("rewind", rewind, Rewind)
             require_before(rewind, begin)
+        for name, flag in (("include_normalized", include_normalized), ("verbose", verbose)):
+            require_type(name, flag, bool)
         self.target = target
         self.interval = interval
         self.remove = remove
         self.example_input = example_input
-        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude or ())
+        self.exclude = as_names("exclude", exclude)
         self.lasso = lasso
         self.rewind = rewind
         self.verbose = verbose
@@ -165,6 +168,11 @@ class ChannelPruning(HearsLoading, TrainsInRounds, Callback):
         """What is removed, and how; None before the window closed."""
         data = (self._state if self._run is None else self._outcome).get("plan")
         return None if data is None else ShrinkPlan.from_data(data)
+
+    @property
+    def changes_shapes(self) -> bool:
+        """Whether the module's shapes change while it trains; other callbacks may ask."""
+        return self.remove == "now"
 
     @property
     def left(self) -> float:

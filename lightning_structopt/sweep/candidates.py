@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_structopt._checks import require_whole
+from lightning_structopt._checks import require_mapping, require_whole
 
 Build = Callable[..., Any]
 _DEEPEST = 20  # levels of objects within objects; some hold themselves
@@ -92,6 +92,7 @@ def require_free_arguments(trainer: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If it has.
     """
+    require_mapping("trainer", trainer)
     if taken := [name for name in _OWNED if name in trainer]:
         raise ValueError(
             f"`trainer` must leave {taken[0]!r} to the sweep. Found `{taken[0]}={trainer[taken[0]]!r}`. "

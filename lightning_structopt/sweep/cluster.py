@@ -9,6 +9,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from lightning_structopt._checks import require_mapping, require_type
 from lightning_structopt.sweep.devices import count_devices
 from lightning_structopt.sweep.executors import Executor
 from lightning_structopt.sweep.processes import Running, start_locally, trial_environment, wait_for
@@ -45,6 +46,10 @@ class RayCluster(Executor):
     resources: Mapping[str, float] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
+        if self.address is not None:
+            require_type("address", self.address, str)
+        if self.resources is not None:
+            require_mapping("resources", self.resources)
         if self.address is not None and self.address.startswith("ray://"):
             raise ValueError(
                 f"`RayCluster` must run on a machine of the cluster. Found `address = {self.address!r}`, Ray's client. "

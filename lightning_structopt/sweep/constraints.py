@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_structopt._checks import require_list
 from lightning_structopt._devices import device_of, moved
 from lightning_structopt.profiling import latency
 from lightning_structopt.profiling.bounds import Constraint, Costs
@@ -23,6 +24,7 @@ def as_rules(constraints: Sequence[Rule]) -> tuple[Rule, ...]:
     Raises:
         TypeError: If one is neither a constraint nor a callable.
     """
+    require_list("constraints", constraints)
     for rule in constraints:
         if isinstance(rule, type) or not (isinstance(rule, Constraint) or callable(rule)):
             raise TypeError(

@@ -13,7 +13,7 @@ from optuna.distributions import (
 )
 from typing_extensions import override
 
-from lightning_structopt._checks import require_type, require_whole
+from lightning_structopt._checks import require_mapping, require_type, require_whole
 from lightning_structopt.sweep.candidates import Candidate, fingerprint
 
 Domain = BaseDistribution | Callable[[Mapping[str, Any]], BaseDistribution | None]
@@ -49,6 +49,7 @@ class SearchSpace:
         sampler: optuna.samplers.BaseSampler | None = None,
     ) -> None:
         require_whole("samples", samples, 1)
+        require_mapping("parameters", parameters)
         if not parameters:
             raise ValueError("`parameters` must have at least one distribution. Found none.")
         for name, domain in parameters.items():

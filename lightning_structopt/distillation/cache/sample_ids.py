@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from typing_extensions import override
 
-from lightning_structopt._checks import require_whole
+from lightning_structopt._checks import require_callable, require_whole
 
 
 class Identified(NamedTuple):
@@ -137,6 +137,9 @@ class CollateWithIds:
     """
 
     collate_fn: Callable[[list[Any]], Any]
+
+    def __post_init__(self) -> None:
+        require_callable("collate_fn", self.collate_fn)
 
     def __call__(self, samples: list[Identified]) -> Identified:
         """Return the batch and its numbers."""

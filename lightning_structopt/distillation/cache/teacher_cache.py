@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_structopt._checks import require_choice, require_whole
+from lightning_structopt._checks import require_choice, require_path, require_type, require_whole
 from lightning_structopt.distillation.cache.encoding import Encoding, Rounded, TopK, name_of
 from lightning_structopt.distillation.cache.filling import each_batch, outputs_of
 from lightning_structopt.distillation.cache.fingerprint import fingerprint
@@ -68,6 +68,8 @@ class TeacherCache:
         require_choice("dtype", name, ("float16", "bfloat16", "float32"))
         if top_k is not None:
             require_whole("top_k", top_k, 1)
+        require_path("directory", directory)
+        require_type("class_dim", class_dim, int)
         if class_dim == 0:
             raise ValueError(
                 "`class_dim` is where classes are. Found 0, where samples are. Give 1, or -1 for tokens."

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from typing_extensions import override
 
-from lightning_structopt._checks import require_in
+from lightning_structopt._checks import require_in, require_type
 from lightning_structopt.distillation.losses.logits import Tempered
 from lightning_structopt.distillation.outputs import mean_over, require_mask, require_same_classes
 from lightning_structopt.schedules import Schedule
@@ -59,6 +59,7 @@ class DKD(Tempered):
         require_in("beta", beta, 0, math.inf, closed="left")
         self.alpha = alpha
         self.beta = beta
+        require_type("ignore_index", ignore_index, int)
         self.ignore_index = ignore_index
 
     @override

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 from typing_extensions import override
 
-from lightning_structopt._checks import require_in, require_whole
+from lightning_structopt._checks import require_in, require_type, require_whole
 from lightning_structopt._precision import widened
 from lightning_structopt.distillation.losses.adapters import (
     adapt_features,
@@ -81,6 +81,7 @@ class Hint(DistillationLoss):
     def __init__(self, resize: bool = False, seed: int = 0) -> None:
         super().__init__()
         require_whole("seed", seed, 0)
+        require_type("resize", resize, bool)
         self.resize = resize
         self.seed = seed
         self.adapter: nn.Module = nn.Identity()
@@ -192,6 +193,7 @@ class AttentionTransfer(DistillationLoss):
         super().__init__()
         require_in("power", power, 1, math.inf, closed="left")
         self.power = power
+        require_type("resize", resize, bool)
         self.resize = resize
 
     @override

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_structopt._checks import require_in, require_lightning, require_type
+from lightning_structopt._checks import require_in, require_lightning, require_list, require_type
 from lightning_structopt._horizon import steps_taken, training_horizon
 from lightning_structopt.distillation.batches import default_target
 from lightning_structopt.distillation.export import export
@@ -61,6 +61,8 @@ class MutualDistillation(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        if not isinstance(members, Mapping):
+            require_list("members", members)
         named = dict(members) if isinstance(members, Mapping) else {str(i): m for i, m in enumerate(members)}
         _require_members(named)
         require_in("weight", weight, 0, math.inf, closed="left")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_structopt._checks import require_choice, require_in
+from lightning_structopt._checks import require_choice, require_in, require_list, require_type
 from lightning_structopt._precision import widened
 from lightning_structopt.distillation.taps import LOGITS, tensor_of
 
@@ -50,6 +50,12 @@ class Teachers(nn.Module):
     ) -> None:
         super().__init__()
         require_choice("combine", combine, ("outputs", "probabilities", "confidence"))
+        require_list("members", members)
+        for member in members:
+            require_type("members", member, nn.Module)
+        require_type("class_dim", class_dim, int)
+        if weights is not None:
+            require_list("weights", weights)
         given = [1.0] * len(members) if weights is None else list(weights)
         for weight in given:
             require_in("weights", weight, 0, math.inf, closed="left")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_structopt._checks import require_type
 from lightning_structopt._precision import widened
 from lightning_structopt.ensembles.batches import call, tensor_of
 from lightning_structopt.ensembles.combine import combined
@@ -29,6 +30,7 @@ class GatingNetwork(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
+        require_type("network", network, nn.Module)
         self.network = network
 
     @override

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_structopt._checks import require_choice
+from lightning_structopt._checks import require_choice, require_type
 from lightning_structopt._precision import widened
 from lightning_structopt.ensembles.batches import Read, as_inputs, mean_and_variance_of, tensor_of
 from lightning_structopt.ensembles.combine import FOR_CLASSES, Combine, combined, variance
@@ -91,6 +91,7 @@ class ParallelEnsemble(Ensemble):
     ) -> None:
         require_choice("combine", combine, (*FOR_CLASSES, "mean", "median", "gaussian"))
         require_choice("stack", stack, ("auto", True, False))
+        require_type("class_dim", class_dim, int)
         _require_learnable(weights, combine, train_members)
         if stack is True and train_members:
             raise ValueError(

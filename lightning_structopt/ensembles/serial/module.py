@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self, override
 
-from lightning_structopt._checks import require_choice, require_in
+from lightning_structopt._checks import require_choice, require_in, require_list, require_type
 from lightning_structopt._devices import device_of, moved
 from lightning_structopt._horizon import steps_taken, training_horizon
 from lightning_structopt.ensembles.batches import Read, require_target
@@ -81,6 +81,7 @@ class SerialEnsemble(Ensemble):
     ) -> None:
         require_choice("mode", mode, ("cascade", "chain"))
         require_choice("task", task, ("classification", "regression"))
+        require_type("pass_on", pass_on, bool)
         _require_of_mode(mode, threshold, task, shrinkage, pass_on)
         if shrinkage is not None:
             require_in("shrinkage", shrinkage, 0, 1, closed="right")
@@ -310,6 +311,8 @@ def _thresholds(threshold: float | Sequence[float], count: int) -> tuple[float, 
         ValueError: If one is outside [0, 1], or there are more or fewer.
     """
     one = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if not one:
+        require_list("threshold", threshold)
     given = [threshold] * count if one else list(threshold)  # type: ignore[arg-type]
     for value in [threshold] if one else given:
         require_in("threshold", value, 0, 1)  # type: ignore[arg-type]
