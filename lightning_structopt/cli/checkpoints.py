@@ -8,6 +8,8 @@ import torch
 from lightning import __version__ as lightning_version
 from torch import nn
 
+from lightning_structopt._checkpoints import read_checkpoint
+from lightning_structopt._files import as_a_whole
 from lightning_structopt.profiling import TrainingCost
 from lightning_structopt.shrinking import ChannelPruning, ShrinkReport
 from lightning_structopt.shrinking.loading import OWNER, plan_in, whole_again
@@ -19,7 +21,7 @@ def loaded(module: nn.Module, checkpoint: Path | None) -> nn.Module:
     Raises:
         ValueError: If it is no checkpoint, or not of this module.
     """
-    return module if checkpoint is None else fitted(module, read(checkpoint), checkpoint)
+    return module if checkpoint is None else fitted(module, read_checkpoint(checkpoint), checkpoint)
 
 
 def fitted(module: nn.Module, content: dict[str, Any], checkpoint: Path) -> nn.Module:
@@ -61,7 +63,9 @@ def add_plan(checkpoint: Path, callbacks: Iterable[Any]) -> None:
     for callback in callbacks:
         if isinstance(callback, ChannelPruning) and callback.plan is not None:
             plan = {"callbacks": {OWNER: {"plan": callback.plan.as_data()}}}
-            torch.save(read(checkpoint) | plan, checkpoint)
+            content = read_checkpoint(checkpoint)
+            with as_a_whole(checkpoint) as beside:
+                torch.save(content | plan, beside)
 
 
 def training_cost(content: Mapping[str, Any]) -> TrainingCost | None:
@@ -77,26 +81,3 @@ def training_cost(content: Mapping[str, Any]) -> TrainingCost | None:
         return TrainingCost(**state)
     except TypeError as error:
         raise ValueError(f"A `CostMonitor` in a checkpoint must hold a cost. Found {state!r}.") from error
-
-
-def read(checkpoint: Path) -> dict[str, Any]:
-    """Return what is in ``checkpoint``; reading it runs no code.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint.
-    """
-    try:
-        found = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever unpickling raises on a file that is something else
-        raise ValueError(
-            "A checkpoint must be a file of tensors and plain data, so that loading it runs no code. Found "
-            f"{str(checkpoint)!r}, which isn't. Give a checkpoint of Lightning, or a state dict saved by `torch.save`."
-        ) from error
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"A checkpoint must hold a state dict. Found a `{type(found).__name__}` in {str(checkpoint)!r}."
-        )
-    return found

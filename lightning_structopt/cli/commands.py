@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 import lightning_structopt as so
+from lightning_structopt._checkpoints import read_checkpoint
 from lightning_structopt.cli.checkpoints import (
     add_plan,
     fitted,
     loaded,
-    read,
     small_checkpoint,
     training_cost,
 )
@@ -86,7 +86,7 @@ def compare(
         raise ValueError(
             f"`checkpoints` must be of the models. Found {unknown[0]!r}. Models are: {', '.join(models)}."
         )
-    contents = {name: read(path) for name, path in paths.items()}
+    contents = {name: read_checkpoint(path) for name, path in paths.items()}
     modules = {
         name: fitted(module, contents[name], paths[name]) if name in paths else module
         for name, module in models.items()
@@ -122,7 +122,7 @@ def shrink(
         include_normalized: Take also from what a layer, group or RMS norm reduces over; outputs change.
         onnx: Whether to write small.onnx, which needs onnx and onnxscript.
     """
-    source = {} if checkpoint is None else read(checkpoint)
+    source = {} if checkpoint is None else read_checkpoint(checkpoint)
     module = model if checkpoint is None else fitted(model, source, checkpoint)
     example = example_for(module, input)
     options: dict[str, Any] = {"same_class": same_class, "include_normalized": include_normalized}

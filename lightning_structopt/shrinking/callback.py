@@ -139,6 +139,7 @@ class ChannelPruning(HearsLoading, TrainsInRounds, Callback):
         self.target = target
         self.interval = interval
         self.remove = remove
+        self.changes_shapes = remove == "now"  # while it trains; other callbacks may ask
         self.example_input = example_input
         self.exclude = as_names("exclude", exclude)
         self.lasso = lasso
@@ -168,11 +169,6 @@ class ChannelPruning(HearsLoading, TrainsInRounds, Callback):
         """What is removed, and how; None before the window closed."""
         data = (self._state if self._run is None else self._outcome).get("plan")
         return None if data is None else ShrinkPlan.from_data(data)
-
-    @property
-    def changes_shapes(self) -> bool:
-        """Whether the module's shapes change while it trains; other callbacks may ask."""
-        return self.remove == "now"
 
     @property
     def left(self) -> float:
