@@ -25,6 +25,7 @@ RUNS: dict[str, Sequence[tuple[str, str]]] = {
     "channels": [("part", "latency"), ("part", "quality"), ("part", "time")],
     "criteria": [],
     "distillation": [("part", "time"), ("part", "accuracy")],
+    "endurance": [],
     "ensembles": [("part", "quality"), ("part", "stacked")],
     "flops": [],
     "growth": [],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_structopt._checks import require_in, require_whole
+from lightning_structopt._checks import require_in, require_type, require_whole
 from lightning_structopt._precision import widened
 
 
@@ -37,7 +37,7 @@ class Gate(nn.Module):
         require_whole("features", features, 1)
         require_whole("hidden", hidden, 1)
         require_in("opening", opening, 0, 1, closed="neither")
-        require_whole("dim", dim, 1)
+        require_type("dim", dim, int)
         self.dim = dim
         self.net = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 1))
         last = self.net[2]
