@@ -206,7 +206,7 @@ def test_json_csv_and_table(tmp_path: Path) -> None:
     found.to_csv(tmp_path / "profile.csv")
     with (tmp_path / "profile.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["name"] for row in rows] == ["net.0", "net.1", "net.3"]
+    assert [row["name"] for row in rows] == ["net.0", "net.1", "net.2", "net.3"]  # ReLU has activations
     assert sum(int(row["flops"]) for row in rows) == found.flops
     assert f"{found.parameters:,}" in str(found)
     assert "net.1" in str(found)
