@@ -1,13 +1,15 @@
 """What blocks cost and what they gain, on Fashion-MNIST (`--fast`: scikit-learn's digits).
 
-    python benchmarks/blocks.py [--part nets|depth|gates|exits|routed] [--epochs 4] [--rounds 15] [--fast]
+    python benchmarks/blocks.py [--part nets|depth|gates|exits|routed|experts] [--epochs 4] [--rounds 15] [--fast]
 
 nets: a dense net against convolutional ones. depth: residual and plain nets from 8 to 56 layers, with the gradient of
 the first layer against that of the last before training, on 10,000 images of half the size. gates: blocks that run
 for half of the images, exits: stages that run until a head is sure, and routed: one of four experts, each against the
 same net that runs all of it. Times are of passes in evaluation, the entrants in turn; those of single images go over 64
 different ones. gates also has untrained nets of three sizes in which the gates' biases let exactly every other block
-run: they show how large a block must be for its gate to be worth its time on a single image.
+run: they show how large a block must be for its gate to be worth its time on a single image. experts: untrained blocks
+alone, one of four experts against a dense block of four times the width: perceptrons, which read all their weights for
+64 rows, and convolutions, which compute.
 """
 
 import random
@@ -261,12 +263,35 @@ def part_routed(data: Data, epochs: int, rounds: int, fast: bool) -> Rows:
         yield {"entrant": f"{name}, alone", **found}
 
 
+def part_experts(data: Data, epochs: int, rounds: int, fast: bool) -> Rows:
+    def perceptron(width: int, hidden: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+
+    def convolutions(width: int, hidden: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(width, hidden, 3, 1, 1), nn.ReLU(), nn.Conv2d(hidden, width, 3, 1, 1))
+
+    kinds = {
+        "perceptrons": (perceptron, 64 if fast else 512, (), nn.Identity()),
+        "convolutions": (convolutions, 8 if fast else 32, (14, 14), nn.AdaptiveAvgPool2d(1)),
+    }
+    for name, (make, width, size, pool) in kinds.items():
+        torch.manual_seed(0)
+        router = nn.Sequential(pool, nn.Flatten(), nn.LayerNorm(width), nn.Linear(width, 4))
+        nets = {
+            f"{name}, dense, 4x width": ResidualBlock(make(width, 4 * width)).eval(),
+            f"{name}, one of 4": RoutedBlock([make(width, width) for _ in range(4)], router).eval(),
+        }
+        signal = torch.randn(256, width, *size)
+        yield from timed(nets, (*data[:2], signal, data[3]), rounds)
+
+
 PARTS = {
     "nets": part_nets,
     "depth": part_depth,
     "gates": part_gates,
     "exits": part_exits,
     "routed": part_routed,
+    "experts": part_experts,
 }
 
 

@@ -21,12 +21,12 @@ RESULTS, PAGE = HERE / "results", HERE / "RESULTS.md"
 # Each writes results/SCRIPT.json, or results/SCRIPT_CHOICE.json for an option with choices.
 RUNS: dict[str, Sequence[tuple[str, str]]] = {
     "accuracy": [("network", "lenet"), ("network", "resnet")],
-    "blocks": [("part", each) for each in ("nets", "depth", "gates", "exits", "routed")],
+    "blocks": [("part", each) for each in ("nets", "depth", "gates", "exits", "routed", "experts")],
     "channels": [("part", "latency"), ("part", "quality"), ("part", "time")],
     "criteria": [],
     "distillation": [("part", "time"), ("part", "accuracy")],
     "endurance": [],
-    "ensembles": [("part", "quality"), ("part", "stacked")],
+    "ensembles": [("part", "quality"), ("part", "cascade"), ("part", "stacked")],
     "flops": [],
     "growth": [],
     "replay": [("part", "samplers"), ("part", "halving")],

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_structopt.pruning.outputs import TRANSPOSED
 from lightning_structopt.shrinking.groups import ChannelGroup
@@ -37,9 +40,36 @@ def require_submodule(module: nn.Module, name: str, argument: str) -> nn.Module:
     return names[name]
 
 
+def require_copyable(module: nn.Module) -> None:
+    """Raise if parts can't be copied, as growth is tried on copies.
+
+    Raises:
+        ValueError: If they can't.
+    """
+    for name, part in module.named_modules():
+        if any(isinstance(hook, WeightNorm) for hook in part._forward_pre_hooks.values()):
+            raise ValueError(
+                "Growth is tried on copies of the module, and torch can't copy what its old `nn.utils.weight_norm` "
+                f"makes. Found it on `{name}`. Take `nn.utils.parametrizations.weight_norm`, or remove it by "
+                "`nn.utils.remove_weight_norm`."
+            )
+
+
 def is_layer(part: nn.Module) -> bool:
     """Tell whether a module makes channels by a weight of its own."""
-    return isinstance(getattr(part, "weight", None), nn.Parameter) or isinstance(part, nn.RNNBase)
+    return _weight_of(part) is not None
+
+
+def _weight_of(part: nn.Module) -> nn.Parameter | None:
+    """Return the weight, or what it is made of, that has a layer's outputs as a dimension."""
+    weight = getattr(part, "weight", None)
+    if isinstance(part, nn.RNNBase):
+        weight = part.get_parameter("weight_hh_l0")
+    elif is_parametrized(part, "weight"):
+        held: Any = part.parametrizations["weight"]  # type: ignore[index]
+        # A weight norm holds the length first, and then the direction.
+        weight = getattr(held, "original1", None) if hasattr(held, "original1") else held.original
+    return weight if isinstance(weight, nn.Parameter) else None
 
 
 def groups_of(structure: Structure, name: str) -> list[ChannelGroup]:
@@ -67,10 +97,8 @@ def groups_of(structure: Structure, name: str) -> list[ChannelGroup]:
 
 def _outputs(structure: Structure, part: nn.Module, name: str) -> Origin:
     """Return the dimension of a layer's weight that makes its outputs."""
-    if isinstance(part, nn.RNNBase):
-        weight, dim = part.get_parameter("weight_hh_l0"), 1
-    else:
-        weight, dim = part.get_parameter("weight"), int(isinstance(part, _COLUMNS))
+    weight = _weight_of(part)
+    dim = int(isinstance(part, (*_COLUMNS, nn.RNNBase)))
     names = {id(tensor): known for known, tensor in tensors_of(structure.module).items()}
     wanted = (names[id(weight)], dim)
     return next(each for each in structure.traced.origins if (each.name, each.dim) == wanted)
@@ -84,11 +112,32 @@ def _within(structure: Structure, name: str) -> list[ChannelGroup]:
         if all(tensor.startswith(inside) for tensor, _ in group.slots)
     ]
     if not found:
+        layers = _layers_that_grow(structure, name)
+        remedy = "Name a layer, or a larger block."
+        if layers:
+            remedy = f"Name a layer, which grows with all that its channels reach: {_listed(layers)}."
         raise ValueError(
             "A block grows in the channels that are within it alone. Found none in "
-            f"`{name}`: they reach other parts, the output, or what has a fixed size. Name a layer, or a larger block."
+            f"`{name}`: they reach other parts, the output, or what has a fixed size. {remedy}"
         )
     return found
+
+
+def _layers_that_grow(structure: Structure, name: str) -> list[str]:
+    """Return the layers of a block whose channels are in some group."""
+    slots = {slot for group in structure.found.groups for slot in group.slots}
+    found = []
+    for inner, part in structure.module.get_submodule(name).named_modules(prefix=name):
+        if is_layer(part) and _has_rows(part):
+            origin = _outputs(structure, part, inner)
+            found += [f"`{inner}`"] if (origin.name, origin.dim) in slots else []
+    return found
+
+
+def _has_rows(part: nn.Module) -> bool:
+    """Tell whether a layer makes channels; a norm only scales them."""
+    weight = _weight_of(part)
+    return weight is not None and weight.ndim > 1
 
 
 def _held(structure: Structure, origin: Origin) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_structopt.growth.copies import Multiples, copied_indices, multiplicities
-from lightning_structopt.growth.places import groups_of, is_layer
+from lightning_structopt.growth.places import groups_of, is_layer, require_copyable
 from lightning_structopt.growth.readers import Readers, find_readers
 from lightning_structopt.growth.verify import Comparison
 from lightning_structopt.growth.widening import Widening
@@ -38,6 +38,7 @@ def plan_widening(
     Raises:
         ValueError: If it can't be done with the function kept.
     """
+    require_copyable(module)
     structure = structure_of(module, example_input)
     readers = _readers(structure)
     generator = torch.Generator().manual_seed(seed)
@@ -118,7 +119,7 @@ class _Trial:
         self._comparison = Comparison(structure.module, structure.inputs)
         self._found: Widening | None = None
         self._plain = Widening({}, {}, {})
-        self._reason, self._gap = "", 0.0
+        self._reason, self._gap, self._failed = "", 0.0, ""
 
     def chosen(self, counts: _Counts) -> Widening | None:
         """Return the widening of these groups with the attributes with which it works; None if there are none."""
@@ -153,7 +154,18 @@ class _Trial:
         """Return the error that says why the last trial failed."""
         names = ", ".join(f"`{group.name}`" for group, _ in counts[:4])
         why = f"does not run, as sizes are written into code{self._reason}."
-        if self._gap:
+        if self._failed_in_attention:
+            why = (
+                f"does not run, as torch's `nn.MultiheadAttention`, here `{self._failed}`, wants as many features of "
+                "its heads as it has inputs, so neither grows alone. Make attention of linear layers to grow it."
+            )
+        elif self._gap and (normed := self._weight_norms(counts)):
+            why = (
+                f"changes outputs by {self._gap:.1e} of the largest: {normed} reads these channels under a weight "
+                "norm, whose length their copies would change. Remove it by "
+                "`nn.utils.parametrize.remove_parametrizations`."
+            )
+        elif self._gap:
             why = (
                 f"changes outputs by {self._gap:.1e} of the largest: a weight both makes and reads these channels "
                 "(a tied embedding), or a norm divides by their length."
@@ -162,6 +174,19 @@ class _Trial:
             "A wider module must compute what it did before, in evaluation and in training. Found that widening "
             f"{names} {why} Name another layer."
         )
+
+    @property
+    def _failed_in_attention(self) -> bool:
+        parts = dict(self._structure.module.named_modules())
+        return not self._gap and isinstance(parts.get(self._failed), nn.MultiheadAttention)
+
+    def _weight_norms(self, counts: _Counts) -> str:
+        """Return the layers under a parametrization that read the channels that grow."""
+        slots = {slot for group, _ in counts for slot in group.slots}
+        marked = sorted({
+            n for n, dim in slots if ".parametrizations." in n and (n, dim) in self._readers.read
+        })
+        return ", ".join(f"`{name.partition('.parametrizations.')[0]}`" for name in marked[:3])
 
     def _without_attributes(self, counts: _Counts) -> Widening:
         copies = copied_indices(self._structure.traced.origins, counts)
@@ -184,6 +209,7 @@ class _Trial:
         except Exception as error:  # whatever the user's code raises when sizes don't fit
             failed = failing_parts(grown, error)
             first = str(error).strip().splitlines() or [""]
+            self._failed = (failed or [""])[0]
             self._reason = f" (`{(failed or [''])[0]}`: {first[0]})"
             return failed
         self._gap = self._comparison.gap(grown)

@@ -286,3 +286,64 @@ def test_memory_format_stays() -> None:
     )
     wide = widen(module, "0", 2.0, torch.randn(2, 3, 8, 8))
     assert wide[2].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.attention, self.head = (
+            nn.Linear(8, 16),
+            nn.MultiheadAttention(16, 4, batch_first=True),
+            nn.Linear(16, 3),
+        )
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.inner(tokens)
+        return self.head(hidden + self.attention(hidden, hidden, hidden, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("name", ["attention", "inner"])
+def test_torchs_attention_says_why_it_does_not_grow(name: str) -> None:
+    message = "`nn.MultiheadAttention`, here `attention`, wants as many features of its heads"
+    with pytest.raises(ValueError, match=message):
+        widen(Attends(), name, 2.0, torch.randn(2, 5, 8))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.body, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        hidden = self.stem(images)
+        return self.head((hidden + self.body(hidden)).mean((2, 3)))
+
+
+def test_a_stem_names_the_layer_that_grows() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"Found none in `stem`: .* Name a layer, .*: `stem.0`\.$"):
+        widen(Residual(), "stem", 2.0, images)
+    assert widen(Residual(), "stem.0", 2.0, images).body.out_channels == 16
+
+
+class TestWeightNorm:
+    def test_what_makes_channels_grows(self) -> None:
+        norm = nn.utils.parametrizations.weight_norm
+        module = nn.Sequential(norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 2))
+        inputs = torch.randn(4, 6)
+        wide = widen(module, "0", 1.5, inputs)
+        assert wide[0].weight.shape == (12, 6)
+        torch.testing.assert_close(wide(inputs), module(inputs))
+
+    def test_what_reads_them_is_said_to_hold_them(self) -> None:
+        norm = nn.utils.parametrizations.weight_norm
+        module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), norm(nn.Linear(8, 2)))
+        with pytest.raises(ValueError, match="`2` reads these channels under a weight norm"):
+            widen(module, "0", 2.0, torch.randn(4, 6))
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+    def test_the_old_one_is_refused(self) -> None:
+        module = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.utils.weight_norm(nn.Linear(8, 2)))
+        with pytest.raises(ValueError, match="old `nn.utils.weight_norm` makes. Found it on `2`"):
+            widen(module, "0", 2.0, torch.randn(4, 6))
