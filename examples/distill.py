@@ -9,6 +9,7 @@ Prints a table and, where matplotlib is installed, draws `distill.png`. The best
 """
 
 import argparse
+import logging
 import statistics
 import time
 import warnings
@@ -208,6 +209,7 @@ def main() -> None:
 
     console = Console()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     data = load(arguments.data)
     if arguments.data == "digits":
         torch.set_num_threads(1)  # images this small are done before a second thread has woken up

@@ -9,6 +9,7 @@ sample of each.
 """
 
 import argparse
+import logging
 import math
 import sysconfig
 import time
@@ -127,6 +128,7 @@ def main() -> None:
 
     console = Console()
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*no `val_dataloader`.*")  # they are validated at the end
     steps = 10 if arguments.fast else arguments.steps
     text = read(arguments.text, limit=100_000 if arguments.fast else 4_000_000)

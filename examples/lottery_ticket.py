@@ -12,6 +12,7 @@ Frankle and Carbin, "The Lottery Ticket Hypothesis" (2019).
 """
 
 import argparse
+import logging
 import statistics
 import warnings
 from collections import defaultdict
@@ -212,6 +213,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_num_threads(1)  # a network this small is done before a second thread has woken up
     data = load(arguments.data)
     epochs = 1 if arguments.fast else arguments.epochs or (8 if arguments.data == "digits" else 4)
