@@ -193,8 +193,10 @@ def draw(curves: Curves, dense: list[float], path: str) -> bool:
             left, *zip(*[(min(v), max(v)) for v in curve.values()], strict=True), color=color, alpha=0.15
         )
     axes.set(xscale="log", xlabel="weights left, %", ylabel="accuracy on test data, %")
-    axes.invert_xaxis()
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    ticks = [80, 50, 30, 20, 10, 5, 3, 2, 1]
+    axes.set_xticks(ticks, labels=map(str, ticks))
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(max(left) * 1.1, min(left) / 1.1)
     axes.legend()
     figure.savefig(path, dpi=120)
     return True
