@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_structopt._checks import require_list
+
 
 class Change(Protocol):
     """What a mutation does to one module, as data."""
@@ -93,9 +95,10 @@ def as_mutations(mutate: Sequence[Mutation]) -> tuple[Mutation, ...]:
     """Return ``mutate``, checked.
 
     Raises:
-        TypeError: If one is no mutation.
+        TypeError: If it is no list, or one is no mutation.
         ValueError: If two are the same.
     """
+    require_list("mutate", mutate)
     for mutation in mutate:
         if isinstance(mutation, type) or not isinstance(mutation, Mutation):
             raise TypeError(

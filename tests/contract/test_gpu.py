@@ -1,7 +1,7 @@
 """What every part promises, once more where the module lives on a GPU.
 
 pytest -m gpu                                             # on a machine that has one
-GPU_TESTS_ON=cpu pytest tests/test_on_a_gpu.py            # elsewhere, to see that the tests themselves run
+GPU_TESTS_ON=cpu pytest tests/contract/test_gpu.py       # elsewhere, to see that the tests themselves run
 """
 
 import copy
@@ -13,12 +13,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from blocks.adaptive_nets import NETS as ADAPTIVE
-from contract.test_callbacks import CALLBACKS
-from contract.test_modules import MODULES
+from adaptive_nets import NETS as ADAPTIVE
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from small_nets import make
 from support import FEATURES, Classifier, adamw, assert_same_state, dataset, loader, sgd, trainer, zeros
+from test_callbacks import CALLBACKS
+from test_modules import MODULES
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
