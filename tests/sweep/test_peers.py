@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
+from optuna.storages import RDBStorage
 
 from lightning_structopt.sweep import peers
 from lightning_structopt.sweep.peers import NoPeers, SharedPeers
@@ -27,6 +28,8 @@ def join(storage: str) -> Iterator[Join]:
 
 
 def test_they_may_start_together(join: Join) -> None:
+    # What a storage loads on use: these drivers are threads, and imports that refer to each other can't be shared.
+    RDBStorage("sqlite://")
     with ThreadPoolExecutor(4) as pool:
         started = [pool.submit(join) for _ in range(4)]
     for one in [each.result() for each in started]:
