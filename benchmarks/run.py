@@ -40,8 +40,9 @@ RUNS: dict[str, Sequence[tuple[str, str]]] = {
 HEAD = """# Results
 
 What `python benchmarks/run.py` found; each section says when, with what and by which command. Every row that was
-measured is here, also where another is better. Times that are compared were taken in turn in one run; those of
-different sections may not be compared. `ratio` is to the row above it that does without.
+measured is here, also where another is better. Times that are compared were taken in turn in one run, unless a
+section says otherwise; those of different sections may not be compared. `ratio` is to the row above it that does
+without.
 """
 
 
@@ -81,7 +82,8 @@ def section(name: str, result: Mapping[str, Any]) -> str:
     machine = f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads, {where['platform']}"
     loaded = f", load {where['load_average']}" if where.get("load_average") is not None else ""
     facts = f"{where['date'][:10]}: `{command}`; {versions}; {machine}{loaded}."
-    return "\n".join([f"\n## {name}\n", f"{about}\n", f"{facts}\n", *table(result["rows"])])
+    note = [f"{where['note']}\n"] if "note" in where else []  # by hand: what else one must know of these rows
+    return "\n".join([f"\n## {name}\n", f"{about}\n", f"{facts}\n", *note, *table(result["rows"])])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

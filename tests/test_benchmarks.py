@@ -39,6 +39,7 @@ def test_the_page_has_every_row_of_every_result() -> None:
         assert section.count("\n|") == 2 + len(result["rows"])
         assert result["environment"]["date"][:10] in section
         assert result["environment"]["torch"] in section
+        assert result["environment"].get("note", "") in section
         assert f"`python benchmarks/{result['benchmark']}.py" in section
     lines = shown.splitlines()
     for above, rule in zip(lines, lines[1:], strict=False):
