@@ -149,16 +149,18 @@ def ray_tune(data: Data, epochs: int) -> Found:
         pl.seed_everything(0, verbose=False)
         quiet_trainer(max_epochs=epochs, callbacks=[Tell()]).fit(MLP(config["width"]), train, val)
 
+    folder = tempfile.mkdtemp()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     scheduler = tune.schedulers.ASHAScheduler(max_t=epochs, grace_period=1, reduction_factor=2)
     tuner = tune.Tuner(
         tune.with_parameters(train, data=data),
         param_space={"width": tune.grid_search(list(WIDTHS))},
         tune_config=tune.TuneConfig(metric="val_acc", mode="max", scheduler=scheduler),
-        run_config=tune.RunConfig(storage_path=tempfile.mkdtemp(), verbose=0),
+        run_config=tune.RunConfig(storage_path=folder, verbose=0),
     )
     results = list(tuner.fit())
     ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
     scores = {str(result.config["width"]): result.metrics["val_acc"] for result in results}
     spent = sum(result.metrics["training_iteration"] for result in results)
     return max(scores, key=scores.__getitem__), scores, spent

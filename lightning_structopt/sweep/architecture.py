@@ -167,14 +167,14 @@ class ArchitectureSweep:
                 cut_half_entry(plan.directory / "journal.log")
             with as_written(url):
                 ledger = self._ledger(storage, space)
-                ledger.records()
+                known = ledger.records()
             with ledger.peers.join():
                 with ledger.peers.turn():
                     if ledger.description:
                         require_same(ledger.description, plan.describe(), plan.directory)
                     else:
                         ledger.describe(plan.describe())
-                if agenda(plan, ledger.records(), ledger.peers.is_gone).jobs:
+                if agenda(plan, known, ledger.peers.is_gone).jobs:
                     self._executor.prepare([plan.trainer_of(name) for name in plan.names])
                 plan.write_data((data, val_dataloaders))
                 with Display(plan.monitor, self._progress) as display:

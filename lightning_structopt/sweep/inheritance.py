@@ -58,9 +58,8 @@ class Birth(Callback):
             raise BirthError(
                 "children need a parent's checkpoint in one file. Found one in parts, of a sharded training"
             )
-        found = torch.load(
-            checkpoint, map_location="cpu", weights_only=False
-        )  # this very sweep has written it
+        # Not only weights, as when a trial resumes: this very sweep has written it.
+        found = torch.load(checkpoint, map_location="cpu", weights_only=False)
         inherited = {name: value for name, value in found.items() if name not in _AVERAGES}
         inherited["callbacks"] = {_RESUME: found["callbacks"][_RESUME]}
         names: Names = found["callbacks"][_RESUME]["parameters"]
